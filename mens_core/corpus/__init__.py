@@ -1,0 +1,1 @@
+"""Source trees and files become rows; rows are read back and checked."""

@@ -1,0 +1,99 @@
+"""Every error this project raises on purpose.
+
+    MensError                     base: catch this to catch them all
+    ├── ContractError             a field of the contract is wrong (all problems are listed together)
+    ├── DataError                 a corpus, a row or a source file cannot be used
+    ├── ModelError                a model folder, config.json, tokenizer or weight file cannot be used
+    ├── GateError                 the planner refuses the run
+    ├── RunDirectoryError         the output folder cannot be used
+    ├── TrainingError             the run started and had to be stopped
+    └── PluginError               a backend or plugin cannot be used
+        ├── UnknownBackendError       no installed distribution offers that name
+        ├── AmbiguousBackendError     two distributions claim one name
+        ├── BrokenBackendError        the backend cannot be imported
+        └── HookContractError         a hook is misspelt, has wrong arguments, or answered something wrong
+
+A message says what happened, where, what was expected and what to do now, each on its own line.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AmbiguousBackendError",
+    "BrokenBackendError",
+    "ContractError",
+    "DataError",
+    "GateError",
+    "HookContractError",
+    "MensError",
+    "ModelError",
+    "PluginError",
+    "RunDirectoryError",
+    "TrainingError",
+    "UnknownBackendError",
+]
+
+
+class MensError(Exception):
+    """Base of the tree; its text is built from up to four parts.
+
+    Args:
+        what: what happened, one sentence without a final full stop.
+        where: the file, row, key or shape concerned.
+        expected: what would have been accepted.
+        fix: the one command or change that mends it.
+    """
+
+    def __init__(
+        self, what: str, *, where: object = None, expected: str | None = None, fix: str | None = None
+    ) -> None:
+        self.what, self.where, self.expected, self.fix = what, where, expected, fix
+        parts = [what]
+        parts += [f"  where: {where}"] if where is not None else []
+        parts += [f"  expected: {expected}"] if expected else []
+        parts += [f"  to mend it: {fix}"] if fix else []
+        super().__init__("\n".join(parts))
+
+
+class ContractError(MensError):
+    """A field of the contract is unknown, out of range or contradicts another one."""
+
+
+class DataError(MensError):
+    """A corpus, a row or a source file is missing, empty or malformed."""
+
+
+class ModelError(MensError):
+    """A model folder, its config.json, its tokenizer or a weight file is missing or malformed."""
+
+
+class GateError(MensError):
+    """The planner found that the run cannot work and refused before anything was spent."""
+
+
+class RunDirectoryError(MensError):
+    """The output folder is locked by another run, or already holds one."""
+
+
+class TrainingError(MensError):
+    """The run started and was stopped, for example by a loss that is not finite."""
+
+
+class PluginError(MensError):
+    """A backend or plugin cannot be used; the four subclasses say why."""
+
+
+class UnknownBackendError(PluginError):
+    """No installed distribution offers a backend of that name."""
+
+
+class AmbiguousBackendError(PluginError):
+    """Two installed distributions offer a backend under the same name."""
+
+
+class BrokenBackendError(PluginError):
+    """The backend is installed but cannot be imported; the original error is chained."""
+
+
+class HookContractError(PluginError):
+    """A hook implementation breaks the contract written in ``mens_core.hookspecs``."""
