@@ -44,9 +44,7 @@ class MensError(Exception):
         fix: the one command or change that mends it.
     """
 
-    def __init__(
-        self, what: str, *, where: object = None, expected: str | None = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, where: object = None, expected: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.expected, self.fix = what, where, expected, fix
         parts = [what]
         parts += [f"  where: {where}"] if where is not None else []
