@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mens_core.generation import generate
     from mens_core.hookspecs import hookimpl
     from mens_core.planner import Planner
+    from mens_core.random_model import write_random_model
     from mens_core.training.run import RunResult
 
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
     "TrainingState": "exchange",
     "generate": "generation",
     "hookimpl": "hookspecs",
+    "write_random_model": "random_model",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "TrainingState",
     "generate",
     "hookimpl",
+    "write_random_model",
 ]
 
 
