@@ -1,0 +1,89 @@
+"""LoRA and QLoRA fine-tuning of Hugging Face causal language models on exchangeable compute backends.
+
+    from mens_core import Planner
+
+    result = Planner().run(data_dir="corpus", output_dir="run", method="lora", backend="auto")
+
+Names are resolved when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mens_core.contract import FineTuneContract
+    from mens_core.errors import MensError
+    from mens_core.exchange import (
+        Batch,
+        BatchShape,
+        ExecutionPlan,
+        GateVerdict,
+        GenerateSettings,
+        KernelOffer,
+        Machine,
+        NF4Spec,
+        QuantizedWeight,
+        StepMetrics,
+        TrainingState,
+    )
+    from mens_core.generation import generate
+    from mens_core.hookspecs import hookimpl
+    from mens_core.planner import Planner
+    from mens_core.random_model import write_random_model
+    from mens_core.training.run import RunResult
+
+_HOMES = {
+    "Batch": "exchange",
+    "BatchShape": "exchange",
+    "ExecutionPlan": "exchange",
+    "FineTuneContract": "contract",
+    "GateVerdict": "exchange",
+    "GenerateSettings": "exchange",
+    "KernelOffer": "exchange",
+    "Machine": "exchange",
+    "MensError": "errors",
+    "NF4Spec": "exchange",
+    "Planner": "planner",
+    "QuantizedWeight": "exchange",
+    "RunResult": "training.run",
+    "StepMetrics": "exchange",
+    "TrainingState": "exchange",
+    "generate": "generation",
+    "hookimpl": "hookspecs",
+    "write_random_model": "random_model",
+}
+
+__all__ = [
+    "Batch",
+    "BatchShape",
+    "ExecutionPlan",
+    "FineTuneContract",
+    "GateVerdict",
+    "GenerateSettings",
+    "KernelOffer",
+    "Machine",
+    "MensError",
+    "NF4Spec",
+    "Planner",
+    "QuantizedWeight",
+    "RunResult",
+    "StepMetrics",
+    "TrainingState",
+    "generate",
+    "hookimpl",
+    "write_random_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mens_core' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mens_core.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

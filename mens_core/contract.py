@@ -128,9 +128,9 @@ def _text(default: str | None, help_text: str, **extra: Any) -> Any:
 
 def _folder(help_text: str, **extra: Any) -> Any:
     def check(value: object) -> str | None:
-        return None if isinstance(value, Path) else "is required"
+        return None if value is None or isinstance(value, Path) else "must be a path"
 
-    return _field(None, help_text, parse=Path, check=check, **extra)
+    return _field(None, help_text, parse=Path, check=check, required=True, **extra)
 
 
 def _names(default: tuple[str, ...], help_text: str, **extra: Any) -> Any:
@@ -168,13 +168,29 @@ class ModelSpec:
 class DataSpec:
     """The rows and how they become token rows."""
 
-    data_dir: Path = _folder("Folder that holds train.jsonl and, if there is a held-out part, eval.jsonl.")
+    data_dir: Path | None = _folder("Folder that holds train.jsonl and, if there is a held-out part, eval.jsonl.")
     seq_len: int = _integer(512, "Longest row.", low=8, unit="tokens")
     on_overlong: str = _choice(
-        "drop",
-        ("drop", "truncate", "error"),
-        "What becomes of a row longer than seq-len. Every case is counted, reported and kept in the manifest.",
+        "auto",
+        ("auto", "drop", "truncate", "error"),
+        "What becomes of a row longer than seq-len: auto drops it, but refuses to lose more than 5 % of the rows. "
+        "Every case is counted, reported and kept in the manifest.",
     )
+
+    @property
+    def train_file(self) -> Path:
+        """The rows to train on."""
+        return self._file("train.jsonl")
+
+    @property
+    def eval_file(self) -> Path:
+        """The held-out rows; the file need not exist."""
+        return self._file("eval.jsonl")
+
+    def _file(self, name: str) -> Path:
+        if self.data_dir is None:
+            raise ContractError("data_dir is required", fix="python -m mens_core train --help")
+        return self.data_dir / name
 
 
 @attrs.frozen(kw_only=True)
@@ -300,7 +316,7 @@ class ComputeSpec:
 class OutputSpec:
     """Where the run directory goes."""
 
-    output_dir: Path = _folder("Folder of the run; it must not hold an earlier run.")
+    output_dir: Path | None = _folder("Folder of the run; it must not hold an earlier run.")
     overwrite: bool = _switch(False, "Replace an earlier run in the output folder.")
 
 
@@ -321,10 +337,12 @@ class FineTuneContract:
     output: OutputSpec
 
     @classmethod
-    def from_fields(cls, **fields: Any) -> FineTuneContract:
+    def from_fields(cls, *, trains: bool = True, **fields: Any) -> FineTuneContract:
         """Build a contract from flat field names, reporting every problem at once.
 
-        ``backend`` may be a method's or a kernel's name (see ``resolve_backend``).
+        Args:
+            trains: whether data and output folder are required; generation needs neither.
+            **fields: field name → value; ``backend`` may be a method's or a kernel's name (``resolve_backend``).
 
         Raises:
             ContractError: listing each unknown, missing, malformed or contradictory field.
@@ -343,6 +361,7 @@ class FineTuneContract:
             value = values.get(name, field.default)
             problem = field.metadata["check"](value)
             problems += [f"{name} {problem} (got {value!r})"] if problem else []
+            problems += [f"{name} is required"] if trains and value is None and field.metadata.get("required") else []
         block = values.get("block_size", 64)
         if isinstance(block, int) and block > 0 and block & (block - 1):
             problems.append(f"block_size must be a power of two (got {block})")

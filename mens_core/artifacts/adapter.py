@@ -1,0 +1,168 @@
+"""The adapter on disk, in PEFT's format, and the older system's v3 manifest beside it.
+
+    adapter_model.safetensors            base_model.model.<module>.lora_A.weight (R, in), .lora_B.weight (out, R)
+    adapter_config.json                  PEFT's LoraConfig
+    populi_adapter_manifest_v3.json      vox_mens_adapter, version 3
+
+The inner names, ``<module>.lora_A.weight``, are those all backends share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mens_core.artifacts.files import write_json
+from mens_core.artifacts.tensors import read_tensors, write_tensors
+from mens_core.errors import ModelError
+from mens_core.exchange import ExecutionPlan, TrainingState
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "V3_MANIFEST",
+    "initial_state",
+    "read_adapter",
+    "read_adapter_config",
+    "write_adapter",
+]
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+V3_MANIFEST = "populi_adapter_manifest_v3.json"
+
+_PEFT_PREFIX = "base_model.model."
+
+Adapter = Mapping[str, NDArray[np.float32]]
+
+
+def initial_state(adapter: Adapter, seed: int) -> TrainingState:
+    """The start of a run: A Kaiming-uniform, B zero, so that the adapter is exactly the identity.
+
+    A is drawn from U(-1/√in, 1/√in), which is ``kaiming_uniform_(a=√5)`` of the reference implementation
+    (github.com/microsoft/LoRA, layers.py), by a Philox generator keyed by sha256 of (seed, tensor name): the
+    same numbers on every backend and in every module order.
+
+    Args:
+        adapter: names and shapes, as a freshly opened session states them.
+        seed: of the contract.
+    """
+    start: dict[str, NDArray[np.float32]] = {}
+    for name, tensor in adapter.items():
+        start[name] = np.zeros(tensor.shape, np.float32)
+        if name.endswith(".lora_A.weight"):
+            key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], np.uint64)
+            uniform = np.random.Generator(np.random.Philox(key=key)).random(tensor.shape, np.float32)
+            start[name] = (2.0 * uniform - 1.0) / np.float32(np.sqrt(tensor.shape[1]))
+    return TrainingState(adapter=start, optimizer={}, step=0)
+
+
+def write_adapter(directory: Path, adapter: Adapter, plan: ExecutionPlan) -> None:
+    """Write the three files; each is replaced whole.
+
+    Args:
+        directory: the run directory.
+        adapter: shared name → array, float32.
+        plan: of the run, for rank, alpha and provenance.
+    """
+    tensors = {f"{_PEFT_PREFIX}{name}": np.ascontiguousarray(tensor) for name, tensor in adapter.items()}
+    write_tensors(directory / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
+    write_json(directory / ADAPTER_CONFIG, _peft_config(adapter, plan))
+    write_json(directory / V3_MANIFEST, _v3_manifest(adapter, plan))
+
+
+def read_adapter(directory: Path) -> dict[str, NDArray[np.float32]]:
+    """Read an adapter in PEFT's format back under the shared names.
+
+    Raises:
+        ModelError: if a file is missing or a tensor is no LoRA weight.
+    """
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        if not (directory / name).is_file():
+            raise ModelError(
+                f"the adapter folder has no {name}", where=directory, expected="a folder written by train or by PEFT"
+            )
+    adapter: dict[str, NDArray[np.float32]] = {}
+    for name, tensor in read_tensors(directory / ADAPTER_WEIGHTS).items():
+        inner = name.removeprefix(_PEFT_PREFIX)
+        if inner == name or not inner.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise ModelError(
+                f"the adapter holds a tensor that is no LoRA weight: {name}", where=directory / ADAPTER_WEIGHTS
+            )
+        adapter[inner] = np.asarray(tensor, np.float32)
+    return adapter
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Read PEFT's ``adapter_config.json``.
+
+    Raises:
+        ModelError: if it is missing or not a JSON object of a LoRA adapter.
+    """
+    path = directory / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{ADAPTER_CONFIG} cannot be read: {error}", where=path) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ModelError(
+            f"{ADAPTER_CONFIG} does not describe a LoRA adapter", where=path, expected='"peft_type": "LORA"'
+        )
+    return config
+
+
+def _modules(adapter: Adapter) -> list[str]:
+    return [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]
+
+
+def _peft_config(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
+    spec = plan.contract.adapter
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": plan.model_name,
+        "revision": plan.contract.model.revision,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": spec.rslora,
+        "use_dora": False,
+        "bias": "none",
+        # Full paths, so that a name shared by a module outside the adapter cannot be matched by suffix.
+        "target_modules": sorted(_modules(adapter)),
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "fan_in_fan_out": plan.layout.family == "gpt2",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _v3_manifest(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
+    spec, modules = plan.contract.adapter, _modules(adapter)
+    quantised = spec.method == "qlora"
+    return {
+        "format": "vox_mens_adapter",
+        "version": 3,
+        "adapter_method": spec.method,
+        "quant": {
+            "base_quant": "nf4" if quantised else "none",
+            "double_quant": quantised and plan.contract.quant.double_quant,
+        },
+        "base_key_map": {module: f"{module}.weight" for module in modules},
+        "layer_order": modules,
+        "vocab": plan.layout.vocab_size,
+        "d_model": plan.layout.hidden_size,
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "base_model": plan.model_name,
+    }

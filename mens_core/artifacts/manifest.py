@@ -1,0 +1,93 @@
+"""training_manifest.json: what was asked, what was decided, what happened, true at every moment.
+
+``status`` goes planned → running → complete, or ends as failed or interrupted. Field names are those of the
+older system's manifest (schema 5) where it has the same notion; this one is schema 6.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import platform
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mens_core.artifacts.files import write_json
+from mens_core.exchange import ExecutionPlan
+
+__all__ = ["SCHEMA_VERSION", "Manifest", "utc_now"]
+
+SCHEMA_VERSION = 6
+
+_VERSIONS_OF = ("mens-core", "numpy", "tokenizers", "torch", "transformers", "bitsandbytes", "jax", "flax", "optax")
+
+
+def utc_now() -> str:
+    """The time in RFC 3339, UTC, seconds."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+class Manifest:
+    """The manifest of one run; every change is on disk before the next line runs.
+
+    Args:
+        path: of training_manifest.json.
+        plan: of the run.
+        plugin: the backend's distribution and version.
+    """
+
+    def __init__(self, path: Path, plan: ExecutionPlan, plugin: str) -> None:
+        self.path = path
+        self.fields: dict[str, Any] = _planned(plan, plugin)
+        write_json(path, self.fields)
+
+    def update(self, **fields: Any) -> None:
+        """Set fields and rewrite the file atomically."""
+        self.fields |= fields
+        write_json(self.path, self.fields)
+
+    def finish(self, status: str, **fields: Any) -> None:
+        """Set the final status: ``complete``, ``failed`` or ``interrupted``."""
+        self.update(status=status, finished_at=utc_now(), **fields)
+
+
+def _planned(plan: ExecutionPlan, plugin: str) -> dict[str, Any]:
+    contract, layout = plan.contract, plan.layout
+    return {
+        "manifest_schema_version": SCHEMA_VERSION,
+        "status": "planned",
+        "run_id": str(uuid.uuid4()),
+        "created_at": utc_now(),
+        "execution_kernel": plan.execution_kernel,
+        "runbook_kernel": plan.runbook_kernel,
+        "candle_compat_mode": plan.candle_compat_mode,
+        "backend": plan.backend,
+        "backend_plugin": plugin,
+        "finetune_contract_digest": plan.contract_digest,
+        "base_model": plan.model_name,
+        "vocab_size": layout.vocab_size,
+        "d_model": layout.hidden_size,
+        "n_heads": layout.num_heads,
+        "n_layers": layout.num_layers,
+        "train_file": str(contract.data.train_file),
+        "rank": contract.adapter.rank,
+        "alpha": contract.adapter.alpha,
+        "seq_len": contract.data.seq_len,
+        "epochs": contract.training.epochs,
+        "seed": contract.training.seed,
+        "grad_accum": contract.training.grad_accum,
+        "training_objective_note": "chatml_assistant_turns_cross_entropy_mean_over_window",
+        "plan": plan.as_dict(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in _VERSIONS_OF:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed

@@ -1,0 +1,58 @@
+"""MODEL_CARD.md: what a person who finds the folder needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mens_core.exchange import ExecutionPlan
+
+__all__ = ["model_card"]
+
+
+def model_card(plan: ExecutionPlan, *, modules: int, parameters: int, results: Mapping[str, Any]) -> str:
+    """Render the card.
+
+    Args:
+        plan: of the run.
+        modules: adapted linear layers.
+        parameters: trained numbers.
+        results: losses and counts, as in the manifest.
+    """
+    spec, training = plan.contract.adapter, plan.contract.training
+    kind = "QLoRA (NF4 base)" if spec.method == "qlora" else "LoRA"
+    before, after = results.get("eval_loss_before"), results.get("eval_loss_after")
+    held_out = f"{before:.4f} → {after:.4f} nats per token" if before is not None else "no eval.jsonl was given"
+    return f"""---
+base_model: {plan.model_name}
+library_name: peft
+tags: [lora, {plan.execution_kernel}]
+---
+
+# {kind} adapter of {plan.model_name}
+
+Trained by mens-core with kernel `{plan.execution_kernel}` on {plan.device} in {plan.dtype}.
+
+| | |
+|---|---|
+| Base model | {plan.model_name} ({plan.layout.model_type}) |
+| Adapter | rank {spec.rank}, alpha {spec.alpha:g}, {modules} linear layers, {parameters:,} parameters |
+| Data | {results["rows"]:,} rows, {results["supervised_tokens"]:,} supervised of {results["tokens"]:,} tokens |
+| Steps | {results["optimizer_steps"]} of {training.batch_size} × {training.grad_accum} rows |
+| Training loss | {results["first_loss"]:.4f} → {results["last_loss"]:.4f} nats per token |
+| Held-out loss | {held_out} |
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("path/to/base")  # {plan.model_name}
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+Prompts are ChatML: `<|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n`.
+
+The full record of the run is in `training_manifest.json`.
+"""

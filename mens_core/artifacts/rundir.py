@@ -1,0 +1,125 @@
+"""The run directory: one run in one folder, refused if there is one already.
+
+    with RunDirectory.claim(contract.output) as folder: ...
+
+A lock file, held by the operating system as long as the process lives, keeps two runs out of one folder.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+import filelock
+
+from mens_core.contract import OutputSpec
+from mens_core.errors import RunDirectoryError
+
+__all__ = ["MANIFEST", "RunDirectory"]
+
+MANIFEST = "training_manifest.json"
+
+# What a run writes, and all that overwriting one may remove.
+_RUN_FILES = (
+    MANIFEST,
+    "training-preflight.json",
+    "telemetry.jsonl",
+    "MODEL_CARD.md",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "populi_adapter_manifest_v3.json",
+)
+
+_LOCK = ".run.lock"
+_HOLDER = ".run.holder"
+
+
+@attrs.frozen
+class RunDirectory:
+    """A claimed folder and the names in it."""
+
+    path: Path
+
+    @property
+    def manifest(self) -> Path:
+        """training_manifest.json."""
+        return self.path / MANIFEST
+
+    @property
+    def preflight(self) -> Path:
+        """training-preflight.json."""
+        return self.path / "training-preflight.json"
+
+    @property
+    def telemetry(self) -> Path:
+        """telemetry.jsonl."""
+        return self.path / "telemetry.jsonl"
+
+    @property
+    def model_card(self) -> Path:
+        """MODEL_CARD.md."""
+        return self.path / "MODEL_CARD.md"
+
+    @classmethod
+    @contextmanager
+    def claim(cls, output: OutputSpec) -> Iterator[RunDirectory]:
+        """Create the folder and hold its lock until the block ends.
+
+        Args:
+            output: the folder, whose parents are created too, and whether an earlier run's files are removed.
+
+        Raises:
+            RunDirectoryError: if another process holds it, it holds a run, or it holds other people's files.
+        """
+        path = output.output_dir
+        if path is None:
+            raise RunDirectoryError("output_dir is required", fix="python -m mens_core train --help")
+        created = not path.exists()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (OSError, FileExistsError) as error:
+            raise RunDirectoryError(f"the output folder cannot be made: {error}", where=path) from error
+        lock = filelock.FileLock(path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            holder = path / _HOLDER
+            raise RunDirectoryError(
+                "another run is using the output folder",
+                where=f"{path}, held by {holder.read_text() if holder.exists() else 'an unknown process'}",
+                fix="wait for it, or choose another --output-dir",
+            ) from error
+        except OSError as error:
+            raise RunDirectoryError(f"the output folder cannot be written to: {error}", where=path) from error
+        try:
+            _make_room(path, overwrite=output.overwrite)
+            (path / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            created = False
+            yield cls(path)
+        finally:
+            (path / _HOLDER).unlink(missing_ok=True)
+            lock.release()
+            (path / _LOCK).unlink(missing_ok=True)
+            if created:
+                path.rmdir()
+
+
+def _make_room(path: Path, *, overwrite: bool) -> None:
+    found = [entry for entry in path.iterdir() if entry.name != _LOCK]
+    if not found:
+        return
+    if not (path / MANIFEST).exists():
+        names = ", ".join(sorted(entry.name for entry in found)[:5])
+        raise RunDirectoryError(
+            "the output folder holds files that are not a run's", where=f"{path}: {names}", fix="choose an empty folder"
+        )
+    if not overwrite:
+        raise RunDirectoryError(
+            "the output folder already holds a run", where=path, fix="choose another --output-dir, or pass --overwrite"
+        )
+    for name in _RUN_FILES:
+        (path / name).unlink(missing_ok=True)

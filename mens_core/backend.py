@@ -1,0 +1,173 @@
+"""A loaded backend: one typed method per hook.
+
+The core never touches ``manager.hook``. Each method checks what came back, so that a plugin's mistake is
+reported at the call, with the plugin's name and version, and not three modules later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import attrs
+import numpy as np
+import pluggy
+from numpy.typing import NDArray
+
+from mens_core.contract import FineTuneContract
+from mens_core.errors import HookContractError
+from mens_core.exchange import (
+    Batch,
+    BatchShape,
+    ExecutionPlan,
+    GateVerdict,
+    GenerateSettings,
+    KernelOffer,
+    Machine,
+    NF4Spec,
+    QuantizedWeight,
+    StepMetrics,
+    TrainingState,
+)
+from mens_core.hf.layout import Layout
+
+__all__ = ["Backend"]
+
+
+@attrs.frozen(kw_only=True)
+class Backend:
+    """One backend with the observers and gates registered beside it.
+
+    Every method raises ``HookContractError`` if the hook is not implemented or its answer breaks the
+    specification in ``mens_core.hookspecs``, where arguments and answers are described.
+
+    Attributes:
+        name: as ``--backend`` takes it.
+        plugin: distribution and version.
+        manager: pluggy's; for this class only.
+    """
+
+    name: str
+    plugin: str
+    manager: pluggy.PluginManager
+
+    def plan(self, contract: FineTuneContract, layout: Layout, machine: Machine) -> KernelOffer:
+        """``mens_plan``."""
+        offer = self._call("mens_plan", KernelOffer, contract=contract, layout=layout, machine=machine)
+        expected = f"{self.name}_{contract.adapter.method}"
+        if offer.kernel != expected:
+            self._broken("mens_plan", f"offers kernel {offer.kernel!r}, expected {expected!r}")
+        if offer.feasible and not (offer.device and offer.dtype):
+            self._broken("mens_plan", "a feasible offer must name its device and dtype")
+        if not offer.feasible and not offer.reason:
+            self._broken("mens_plan", "an offer that is not feasible must give its reason")
+        return offer
+
+    def gates(self, contract: FineTuneContract, plan: ExecutionPlan) -> tuple[GateVerdict, ...]:
+        """``mens_gates``, all answers in one."""
+        verdicts = [
+            verdict for answer in self.manager.hook.mens_gates(contract=contract, plan=plan) for verdict in answer or ()
+        ]
+        if not all(isinstance(verdict, GateVerdict) for verdict in verdicts):
+            self._broken("mens_gates", "expected GateVerdict records")
+        return tuple(verdicts)
+
+    def quantize(self, weight: NDArray[np.float32], spec: NF4Spec) -> QuantizedWeight:
+        """``mens_quantize``."""
+        quantized = self._call("mens_quantize", QuantizedWeight, weight=weight, spec=spec)
+        blocks = -(-weight.size // spec.block_size)
+        self._array("mens_quantize", quantized.codes, (-(-weight.size // 2),), np.uint8)
+        self._array("mens_quantize", quantized.absmax, (blocks,), np.uint8 if spec.double_quant else np.float32)
+        if quantized.shape != weight.shape:
+            self._broken("mens_quantize", f"shape {quantized.shape}, expected {weight.shape}")
+        return quantized
+
+    def dequantize(self, quantized: QuantizedWeight) -> NDArray[np.float32]:
+        """``mens_dequantize``."""
+        weight = self._call("mens_dequantize", np.ndarray, quantized=quantized)
+        return self._array("mens_dequantize", weight, quantized.shape, np.float32)
+
+    def open(self, plan: ExecutionPlan, shape: BatchShape) -> Any:
+        """``mens_open``."""
+        return self._call("mens_open", object, plan=plan, shape=shape)
+
+    def forward(self, session: Any, batch: Batch) -> NDArray[np.float32]:
+        """``mens_forward``."""
+        logits = self._call("mens_forward", np.ndarray, session=session, batch=batch)
+        if logits.ndim != 2:
+            self._broken("mens_forward", f"shape {logits.shape}, expected (tokens, vocabulary)")
+        return self._array("mens_forward", logits, (len(batch.input_ids), logits.shape[1]), np.float32)
+
+    def loss(self, session: Any, batch: Batch) -> tuple[float, int]:
+        """``mens_loss``."""
+        answer = self._call("mens_loss", tuple, session=session, batch=batch)
+        if len(answer) != 2 or not np.isfinite(float(answer[0])):
+            self._broken("mens_loss", f"answered {answer!r}, expected a finite sum and a count")
+        total, count = float(answer[0]), int(answer[1])
+        if count != batch.supervised_tokens:
+            self._broken("mens_loss", f"counted {count} supervised tokens, expected {batch.supervised_tokens}")
+        return total, count
+
+    def step(self, session: Any, window: Sequence[Batch], learning_rate: float) -> StepMetrics:
+        """``mens_step``; the metrics are left unread."""
+        metrics = self._call("mens_step", StepMetrics, session=session, window=window, learning_rate=learning_rate)
+        expected = sum(batch.supervised_tokens for batch in window)
+        if metrics.supervised_tokens != expected:
+            self._broken("mens_step", f"counted {metrics.supervised_tokens} supervised tokens, expected {expected}")
+        return metrics
+
+    def state(self, session: Any) -> TrainingState:
+        """``mens_state``."""
+        state = self._call("mens_state", TrainingState, session=session)
+        for name, tensor in (*state.adapter.items(), *state.optimizer.items()):
+            self._array(f"mens_state ({name})", tensor, np.shape(tensor), np.float32)
+        for name in state.adapter:
+            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                self._broken("mens_state", f"tensor {name!r} is neither a lora_A nor a lora_B weight")
+        return state
+
+    def restore(self, session: Any, state: TrainingState) -> Any:
+        """``mens_restore``."""
+        return self._call("mens_restore", object, session=session, state=state)
+
+    def generate(self, session: Any, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
+        """``mens_generate``."""
+        answer = self._call("mens_generate", Sequence, session=session, prompt=prompt, settings=settings)
+        tokens = [int(token) for token in answer]
+        if len(tokens) > settings.max_new_tokens:
+            self._broken(
+                "mens_generate", f"gave {len(tokens)} tokens, at most {settings.max_new_tokens} were asked for"
+            )
+        return tokens
+
+    def merge(
+        self, weight: NDArray[np.float32], lora_a: NDArray[np.float32], lora_b: NDArray[np.float32], scale: float
+    ) -> NDArray[np.float32]:
+        """``mens_merge``."""
+        merged = self._call("mens_merge", np.ndarray, weight=weight, lora_a=lora_a, lora_b=lora_b, scale=scale)
+        return self._array("mens_merge", merged, weight.shape, np.float32)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """``mens_event``, to every observer."""
+        self.manager.hook.mens_event(event=event)
+
+    def _call(self, hook: str, kind: type[Any], **arguments: Any) -> Any:
+        answer = getattr(self.manager.hook, hook)(**arguments)
+        if answer is None:
+            self._broken(hook, "is not implemented or answered None")
+        if not isinstance(answer, kind):
+            self._broken(hook, f"answered a {type(answer).__name__}, expected {kind.__name__}")
+        return answer
+
+    def _array(self, hook: str, array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            self._broken(hook, f"answered {found}, expected {np.dtype(dtype)} {shape}")
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            self._broken(hook, "answered values that are not finite")
+        return array
+
+    def _broken(self, hook: str, problem: str) -> NoReturn:
+        raise HookContractError(
+            f"{hook}: {problem}", where=f"backend {self.name!r} of {self.plugin}", expected="see mens_core/hookspecs.py"
+        )

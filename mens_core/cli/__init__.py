@@ -1,0 +1,112 @@
+"""The command line: one module per verb, imported only when its verb is called.
+
+A verb module has ``add_arguments(parser)`` and ``run(arguments) -> int``, the exit code. An error of this project
+is printed as ``error: …`` and ends with exit code 2; ``--debug`` shows the trace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mens_core import report
+from mens_core.errors import MensError
+
+__all__ = ["VERBS", "main"]
+
+VERBS = {
+    "train": "train a LoRA or QLoRA adapter",
+    "generate": "answer a prompt with a base and, if given, its adapter",
+    "corpus": "make training rows from source code and documents",
+    "backends": "list the compute backends, installed and missing",
+    "init-model": "write a small, randomly initialised model folder",
+}
+
+_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Words that are not understood end like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        report.complain(f"error: {message}\n  to mend it: {self.prog} --help")
+        sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after ``python -m mens_core``; those of the process if not given.
+
+    Returns:
+        The exit code: 0 done, 2 refused, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parse(words)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        report.complain("interrupted")
+        return _INTERRUPTED
+    except MensError as error:
+        if arguments.debug:
+            raise
+        report.complain(f"error: {error}")
+        return 2
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Build the parser of the verb that is called; the others are listed, not imported."""
+    parser = _Parser(
+        prog="python -m mens_core",
+        description="LoRA and QLoRA fine-tuning of Hugging Face causal language models on torch and JAX.",
+        epilog="'python -m mens_core VERB --help' explains a verb.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    called = next((word for word in words if not word.startswith("-")), None)
+    for verb, purpose in VERBS.items():
+        verb_parser = verbs.add_parser(
+            verb,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if verb == called:
+            module = importlib.import_module(f"mens_core.cli.{verb.replace('-', '_')}")
+            module.add_arguments(verb_parser)
+            verb_parser.add_argument("--debug", action="store_true", help="show the full trace of an error")
+            verb_parser.set_defaults(run=module.run, parser=verb_parser)
+    return parser
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    # A run that is terminated must leave an honest manifest, just as one that is interrupted.
+    raise KeyboardInterrupt
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read the words; an unknown flag is an error that names the nearest one of its verb."""
+    arguments, unknown = _parser(words).parse_known_args(words)
+    if unknown:
+        known = _flags(arguments.parser)
+        close = [flag for word in unknown for flag in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
+        hint = f"; did you mean {close[0]}?" if close else ""
+        arguments.parser.error(f"there is no flag {unknown[0]}{hint}")
+    return arguments
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    flags = [flag for action in parser._actions for flag in action.option_strings]  # noqa: SLF001 (no public list)
+    for action in parser._actions:  # noqa: SLF001
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+            flags += [flag for nested in action.choices.values() for flag in _flags(nested)]
+    return flags

@@ -1,0 +1,34 @@
+"""``generate``: one prompt, one answer."""
+
+from __future__ import annotations
+
+import argparse
+
+import mens_core
+from mens_core import report
+from mens_core.cli.flags import add_contract_flags
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``generate``."""
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's turn")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="run directory, or any folder in PEFT's format; without it the base answers"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (tokens; default 128)"
+    )
+    add_contract_flags(parser, ("model", "compute"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the answer."""
+    chosen = ("model", "revision", "tokenizer", "backend", "device", "dtype")
+    fields = {name: value for name in chosen if (value := getattr(arguments, name)) is not None}
+    answer = mens_core.generate(
+        arguments.prompt, adapter=arguments.adapter, max_new_tokens=arguments.max_new_tokens, **fields
+    )
+    report.say(answer)
+    return 0

@@ -1,0 +1,191 @@
+"""Planner: decide first, then run what was decided.
+
+plan:  contract ─▶ model folder ─▶ layout ─▶ gates ─▶ every backend's offer ─▶ ExecutionPlan
+run:   plan ─▶ rows ─▶ run directory ─▶ session ─▶ loop ─▶ adapter, manifest
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mens_core.artifacts.files import sha256_file
+from mens_core.backend import Backend
+from mens_core.contract import FineTuneContract
+from mens_core.errors import ContractError, GateError
+from mens_core.exchange import ExecutionPlan, KernelOffer, Machine
+from mens_core.gates import base_gates, data_gates, refuse_failed
+from mens_core.hf.hub import find_model
+from mens_core.hf.layout import FAMILIES, Layout, read_layout
+from mens_core.plugins import installed_backends, load_backend
+from mens_core.training.run import RunResult, run_plan
+from mens_core.training.telemetry import Observer
+
+__all__ = ["Planner", "resolve"]
+
+_RUNBOOK_KERNELS = {"lora": "burn_lora", "qlora": "candle_qlora"}
+
+
+class Planner:
+    """Picks a kernel before anything is spent, and runs the plan.
+
+    Example:
+        >>> from mens_core import Planner
+        >>> result = Planner().run(data_dir="corpus", output_dir="run", method="lora")  # doctest: +SKIP
+    """
+
+    def plan(self, contract: FineTuneContract | None = None, **fields: Any) -> ExecutionPlan:
+        """Decide what would be done; writes nothing.
+
+        Args:
+            contract: what is asked for; or
+            **fields: its fields by name, see ``FineTuneContract``.
+
+        Raises:
+            ContractError: a field is wrong, or contract and fields are both given.
+            ModelError: the base cannot be found or read.
+            GateError: the run cannot work, or no backend can do it.
+            PluginError: the backend asked for cannot be used.
+        """
+        return resolve(_contract(contract, fields))[0]
+
+    def run(
+        self, contract: FineTuneContract | None = None, *, observers: Sequence[Observer] = (), **fields: Any
+    ) -> RunResult:
+        """Plan, train, and leave a complete run directory.
+
+        Args:
+            contract: what is asked for; or
+            observers: called with every telemetry event.
+            **fields: the contract's fields by name.
+
+        Raises:
+            MensError: whatever ``plan`` raises; DataError for the rows; RunDirectoryError for the folder;
+                TrainingError for a run that had to be stopped, which the manifest then records as failed.
+        """
+        plan, backend = resolve(_contract(contract, fields))
+        return run_plan(plan, backend, observers)
+
+
+def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[ExecutionPlan, Backend]:
+    """Turn a contract into a plan and the loaded backend that offered it.
+
+    Args:
+        contract: what is asked for.
+        trains: whether the gates on data apply.
+
+    Raises:
+        MensError: as ``Planner.plan`` says.
+    """
+    model_name, model_dir = find_model(contract.model.model, contract.model.revision)
+    layout = read_layout(model_dir)
+    tokenizer = _tokenizer(contract)
+    gates = base_gates(layout, model_dir, tokenizer) + (data_gates(contract.data, layout) if trains else ())
+    refuse_failed(gates)
+    offers, backend = _choose(contract, layout)
+    contents = _contents(contract, model_dir, tokenizer)
+    plan = ExecutionPlan(
+        contract=contract,
+        layout=layout,
+        backend=backend.name,
+        execution_kernel=offers[-1].kernel,
+        runbook_kernel=_RUNBOOK_KERNELS[contract.adapter.method],
+        candle_compat_mode=contract.adapter.method == "qlora",
+        contract_digest=contract.digest(contents),
+        model_name=model_name,
+        model_dir=model_dir,
+        tokenizer=tokenizer,
+        device=offers[-1].device,
+        dtype=offers[-1].dtype,
+        contents=contents,
+        offers=offers,
+        gates=gates,
+        warnings=_warnings(model_dir, tokenizer),
+    )
+    further = backend.gates(contract, plan)
+    refuse_failed(further)
+    return attrs.evolve(plan, gates=(*gates, *further)), backend
+
+
+def _tokenizer(contract: FineTuneContract) -> str:
+    if contract.model.tokenizer != "auto":
+        return contract.model.tokenizer
+    return "lab" if contract.model.model is None else "hf"
+
+
+def _contract(contract: FineTuneContract | None, fields: Mapping[str, Any]) -> FineTuneContract:
+    if contract is None:
+        return FineTuneContract.from_fields(**fields)
+    if fields:
+        raise ContractError(
+            f"give a contract or its fields, not both (got {', '.join(fields)})",
+            fix="FineTuneContract.from_fields(**{**contract.as_fields(), ...})",
+        )
+    return contract
+
+
+def _choose(contract: FineTuneContract, layout: Layout) -> tuple[tuple[KernelOffer, ...], Backend]:
+    """Ask the backends in order and take the first that can; the last offer of the answer is the chosen one.
+
+    A backend the user named is asked alone and never replaced.
+    """
+    machine = _this_machine()
+    if contract.compute.backend != "auto":
+        backend = load_backend(contract.compute.backend)
+        offers = [backend.plan(contract, layout, machine)]
+        if offers[0].feasible:
+            return tuple(offers), backend
+        raise _nothing_feasible(offers, layout)
+    offers = []
+    for info in installed_backends():
+        kernel = f"{info.name}_{contract.adapter.method}"
+        if info.missing:
+            reason = f"needs {', '.join(info.missing)}: {info.install}"
+            offers.append(KernelOffer(kernel=kernel, feasible=False, reason=reason))
+            continue
+        backend = load_backend(info.name)
+        offers.append(backend.plan(contract, layout, machine))
+        if offers[-1].feasible:
+            return tuple(offers), backend
+    raise _nothing_feasible(offers, layout)
+
+
+def _nothing_feasible(offers: Sequence[KernelOffer], layout: Layout) -> GateError:
+    lines = [f"  - {offer.kernel}: {offer.reason}" for offer in offers] or ["  - no backend is installed"]
+    return GateError(
+        f"no backend can train model_type {layout.model_type!r} as asked:\n" + "\n".join(lines),
+        expected=f"every backend knows {', '.join(FAMILIES)}; torch also what transformers knows",
+        fix="python -m mens_core backends",
+    )
+
+
+def _this_machine() -> Machine:
+    """What the standard library knows of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        platform=platform.platform(),
+        python=platform.python_version(),
+        cpu_count=os.cpu_count() or 1,
+        memory_bytes=memory,
+    )
+
+
+def _contents(contract: FineTuneContract, model_dir: Path, tokenizer: str) -> dict[str, str]:
+    """Sha256 of every small input file, by a name that holds no path; weights are hashed when they are read."""
+    files = {"config.json": model_dir / "config.json", "index": model_dir / "model.safetensors.index.json"}
+    if contract.data.data_dir is not None:
+        files |= {"train.jsonl": contract.data.train_file, "eval.jsonl": contract.data.eval_file}
+    files |= {"tokenizer.json": model_dir / "tokenizer.json"} if tokenizer == "hf" else {}
+    return {name: sha256_file(path) for name, path in files.items() if path.is_file()}
+
+
+def _warnings(model_dir: Path, tokenizer: str) -> tuple[str, ...]:
+    templates = ("chat_template.jinja", "chat_template.json")
+    if tokenizer == "hf" and any((model_dir / name).is_file() for name in templates):
+        return ("the model ships a chat template of its own; this run renders ChatML",)
+    return ()

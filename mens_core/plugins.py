@@ -1,0 +1,174 @@
+"""Find backends by their metadata, load one, explain what goes wrong.
+
+Backends are entry points of the group ``mens_core.backends``; the built-in ones come in by the same door as
+third parties. Listing imports nothing. Observers and further gates are entry points of ``mens_core.plugins``.
+
+A new ``PluginManager`` per run holds the chosen backend and those other plugins, nothing else: with two backends
+registered a first-result hook would answer from the one registered last.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import os
+import sys
+
+import attrs
+import pluggy
+from packaging.requirements import Requirement
+
+from mens_core import hookspecs
+from mens_core.backend import Backend
+from mens_core.errors import (
+    AmbiguousBackendError,
+    BrokenBackendError,
+    HookContractError,
+    PluginError,
+    UnknownBackendError,
+)
+
+__all__ = ["BACKENDS", "PLUGINS", "BackendInfo", "installed_backends", "load_backend"]
+
+BACKENDS = "mens_core.backends"
+PLUGINS = "mens_core.plugins"
+
+_BUILT_IN = ("torch", "jax")
+
+
+@attrs.frozen(kw_only=True)
+class BackendInfo:
+    """What the metadata says of one backend.
+
+    Attributes:
+        name: the entry point's name, as ``--backend`` takes it.
+        distribution: the installed distribution that offers it.
+        version: of that distribution.
+        target: the module it would import.
+        missing: required distributions that are not installed; empty when the backend is ready.
+        install: the command that brings what is missing.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    target: str
+    missing: tuple[str, ...]
+    install: str
+
+
+def installed_backends() -> tuple[BackendInfo, ...]:
+    """Every backend any installed distribution offers, in the planner's order: torch, jax, then by name."""
+    found = [_describe(entry) for entry in importlib.metadata.entry_points(group=BACKENDS)]
+    order = {name: place for place, name in enumerate(_BUILT_IN)}
+    return tuple(sorted(found, key=lambda info: (order.get(info.name, len(order)), info.name, info.distribution)))
+
+
+def load_backend(name: str) -> Backend:
+    """Import one backend and register it, beside the observers and gates, with a manager of its own.
+
+    Raises:
+        UnknownBackendError: nobody offers the name.
+        AmbiguousBackendError: two distributions do.
+        BrokenBackendError: it, or another plugin, cannot be imported.
+        HookContractError: it has a hook that is not specified, or with other arguments.
+    """
+    info = _single(name)
+    manager = pluggy.PluginManager("mens_core")
+    manager.add_hookspecs(hookspecs)
+    _register(manager, _entry(BACKENDS, name), info)
+    for entry in importlib.metadata.entry_points(group=PLUGINS):
+        _register(manager, entry, _describe(entry))
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise _contract_broken(info, error) from error
+    if os.environ.get("MENS_TRACE_HOOKS") == "1":
+        manager.trace.root.setwriter(sys.stderr.write)
+        manager.enable_tracing()
+    return Backend(name=name, plugin=f"{info.distribution} {info.version}", manager=manager)
+
+
+def _single(name: str) -> BackendInfo:
+    infos = installed_backends()
+    matching = [info for info in infos if info.name == name]
+    if not matching:
+        names = [info.name for info in infos]
+        close = difflib.get_close_matches(name, names, n=1)
+        raise UnknownBackendError(
+            f"there is no backend {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
+            expected=f"one of {', '.join(names)}" if names else "an installed backend",
+            fix="python -m mens_core backends",
+        )
+    if len(matching) > 1:
+        claims = " and ".join(f"{info.distribution} {info.version}" for info in matching)
+        raise AmbiguousBackendError(
+            f"two installed distributions offer a backend named {name!r}",
+            where=claims,
+            fix=f"pip uninstall {matching[-1].distribution}",
+        )
+    return matching[0]
+
+
+def _entry(group: str, name: str) -> importlib.metadata.EntryPoint:
+    return next(iter(importlib.metadata.entry_points(group=group, name=name)))
+
+
+def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, info: BackendInfo) -> None:
+    try:
+        plugin = entry.load()
+    # Whatever a plugin raises while it is imported is its own failure; it is chained, not hidden.
+    except Exception as error:
+        raise BrokenBackendError(
+            f"plugin {info.name!r} of {info.distribution} {info.version} cannot be imported: "
+            f"{type(error).__name__}: {error}",
+            where=info.target,
+            fix=info.install if info.missing else f"pip install --force-reinstall {info.distribution}",
+        ) from error
+    try:
+        manager.register(plugin, name=info.name)
+    except pluggy.PluginValidationError as error:
+        raise _contract_broken(info, error) from error
+    if not manager.get_hookcallers(plugin):
+        raise PluginError(
+            f"plugin {info.name!r} of {info.distribution} {info.version} implements no hook",
+            where=info.target,
+            expected="functions marked with @mens_core.hookimpl, named as in mens_core/hookspecs.py",
+        )
+
+
+def _contract_broken(info: BackendInfo, error: pluggy.PluginValidationError) -> HookContractError:
+    return HookContractError(
+        f"plugin {info.name!r} of {info.distribution} {info.version} does not fit the hooks: {error}",
+        where=info.target,
+        expected="the names and arguments specified in mens_core/hookspecs.py",
+    )
+
+
+def _describe(entry: importlib.metadata.EntryPoint) -> BackendInfo:
+    distribution = entry.dist
+    if distribution is None:
+        raise PluginError(f"the entry point {entry.name!r} belongs to no distribution", where=entry.value)
+    metadata = distribution.metadata
+    name = metadata["Name"]
+    requirements = [Requirement(text) for text in distribution.requires or ()]
+    # A distribution may keep a backend's needs in an extra of the backend's name, as this one does.
+    needed = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": entry.name})]
+    missing = tuple(item.name for item in needed if not _is_installed(item.name))
+    extra = entry.name in (metadata.get_all("Provides-Extra") or ())
+    return BackendInfo(
+        name=entry.name,
+        distribution=name,
+        version=distribution.version,
+        target=entry.value,
+        missing=missing,
+        install=f"pip install '{name}[{entry.name}]'" if extra else f"pip install {' '.join(missing) or name}",
+    )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,151 @@
+"""The only place that prints or draws.
+
+On a terminal a run shows a bar with loss, tokens per second, time left and memory; in a pipe it prints plain
+lines, at most one every few seconds, the first and the last step always.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["TrainingView", "complain", "run_summary", "say", "table"]
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def say(text: str) -> None:
+    """Print to standard output."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    """Print to standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns; the last one is not padded."""
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
+    """What happened and where everything lies, for the end of a run."""
+    results = manifest["results"]
+    lines = [
+        (
+            f"trained {results['optimizer_steps']} steps on {results['rows']:,} rows with {manifest['execution_kernel']} "
+            f"in {results['train_seconds']:.1f} s ({results['tokens_per_sec']:,.0f} tokens/s, "
+            f"peak memory {_gigabytes(results['peak_memory_bytes'])})"
+        ),
+        f"training loss  {results['first_loss']:.4f} → {results['last_loss']:.4f}",
+    ]
+    if "eval_loss_before" in results:
+        lines.append(f"held-out loss  {results['eval_loss_before']:.4f} → {results['eval_loss_after']:.4f}")
+    dropped = {name: results[name] for name in results if name.startswith("rows_") and results[name]}
+    lines += [f"{name.replace('_', ' ')}: {count}" for name, count in dropped.items()]
+    lines += [
+        f"adapter        {output_dir / 'adapter_model.safetensors'}",
+        f"manifest       {output_dir / 'training_manifest.json'}",
+        f"telemetry      {output_dir / 'telemetry.jsonl'}",
+        f"model card     {output_dir / 'MODEL_CARD.md'}",
+    ]
+    return "\n".join(lines)
+
+
+class TrainingView:
+    """Shows a run while it goes on; ``observe`` takes its telemetry events."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def observe(self, event: Mapping[str, Any]) -> None:
+        """Show one event."""
+        payload = event["payload"]
+        match event["event"]:
+            case "train_start":
+                self._start(payload)
+            case "evaluation":
+                self._line(f"held-out loss {payload['eval_loss']:.4f} after {payload['step']} steps")
+            case "step":
+                self._step(payload)
+
+    def _start(self, payload: Mapping[str, Any]) -> None:
+        self._line(
+            f"{payload['execution_kernel']} on {payload['compute_device']} in {payload['dtype']}: "
+            f"{payload['base_model']}, {payload['rows']:,} rows, {payload['tokens']:,} tokens "
+            f"({payload['supervised_tokens'] / payload['tokens']:.0%} supervised), "
+            f"{payload['planned_steps_total']:,} steps"
+        )
+        if sys.stdout.isatty():
+            self._progress = _bar()
+            self._task = self._progress.add_task("training", total=payload["planned_steps_total"], figures="")
+            self._progress.start()
+
+    def _step(self, payload: Mapping[str, Any]) -> None:
+        figures = (
+            f"loss {payload['loss']:.4f}  {payload['tokens_per_sec']:,.0f} tokens/s  "
+            f"memory {_gigabytes(payload['peak_memory_bytes'])}"
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=payload["step"], figures=figures)
+            return
+        ends = payload["step"] in {1, payload["total_steps"]}
+        if ends or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._line(f"step {payload['step']}/{payload['total_steps']}  {figures}  lr {payload['lr']:.2e}")
+
+    def _line(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+        else:
+            say(text)
+
+
+def _bar() -> Progress:
+    # heavy: a third of a second that only a run on a terminal needs
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

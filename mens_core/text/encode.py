@@ -1,0 +1,191 @@
+"""Rows → token ids with a mask, and the count of everything that was cut or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from mens_core.corpus.rows import Row
+from mens_core.errors import DataError, ModelError
+from mens_core.exchange import ExecutionPlan
+from mens_core.text.chat import TURN_END, Segment, segments
+from mens_core.text.lab import lab_tokenizer
+
+__all__ = ["EncodedRows", "Encoder", "TokenRow", "encode_rows", "open_tokenizer"]
+
+_MOST_DROPPED_BY_DEFAULT = 0.05
+
+
+@attrs.frozen(eq=False)
+class TokenRow:
+    """One row as tokens.
+
+    Attributes:
+        input_ids: (tokens,) int32.
+        supervised: (tokens,) bool, true where the token itself is to be predicted.
+    """
+
+    input_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+
+@attrs.frozen(kw_only=True)
+class EncodedRows:
+    """The rows that will be trained on, and the ledger of what was not.
+
+    Attributes:
+        rows: in the file's order.
+        overlong_dropped: rows left out because they exceed the length.
+        truncated: rows cut to the length.
+        supervised_cut: supervised tokens lost by cutting.
+        unsupervised_dropped: rows left out because no supervised token remained.
+    """
+
+    rows: tuple[TokenRow, ...]
+    overlong_dropped: int
+    truncated: int
+    supervised_cut: int
+    unsupervised_dropped: int
+
+    def counters(self) -> dict[str, int]:
+        """The ledger as the manifest keeps it."""
+        return {
+            "rows": len(self.rows),
+            "tokens": sum(len(row.input_ids) for row in self.rows),
+            "supervised_tokens": sum(int(row.supervised.sum()) for row in self.rows),
+            "rows_dropped_overlong": self.overlong_dropped,
+            "rows_dropped_unsupervised": self.unsupervised_dropped,
+            "rows_truncated": self.truncated,
+            "supervised_tokens_cut": self.supervised_cut,
+        }
+
+
+def open_tokenizer(plan: ExecutionPlan) -> Tokenizer:
+    """The tokenizer a plan names: the lab's, or the model's ``tokenizer.json`` checked against its embedding.
+
+    Raises:
+        ModelError: if the file is malformed, or gives ids the embedding has no row for.
+    """
+    if plan.tokenizer == "lab":
+        return lab_tokenizer()
+    path = plan.model_dir / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    # The library raises a bare Exception for every malformed file.
+    except Exception as error:
+        raise ModelError(f"tokenizer.json cannot be read: {error}", where=path) from error
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= plan.layout.vocab_size:
+        raise ModelError(
+            "the tokenizer gives ids for which the model has no embedding",
+            where=f"{path}: highest id {highest}, embedding rows {plan.layout.vocab_size}",
+            fix="use the tokenizer that belongs to the model",
+        )
+    return tokenizer
+
+
+class Encoder:
+    """Turns segments into ids with one tokenizer, in batches.
+
+    Args:
+        tokenizer: from tokenizer.json; truncation and padding it may carry are switched off.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # Content is never read as a control token, whatever it says.
+        tokenizer.encode_special_tokens = True
+        self.tokenizer = tokenizer
+        self.prefix = _sequence_start(tokenizer)
+
+    def encode(self, rendered: Sequence[Sequence[Segment]]) -> list[TokenRow]:
+        """Encode conversations; each starts with the tokens the tokenizer puts before every sequence."""
+        texts = [segment.text for row in rendered for segment in row if self._tag(segment) is None]
+        contents = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [self._row(row, contents) for row in rendered]
+
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end a turn: the end tag where it is one token, and the usual end-of-text tokens."""
+        names = (TURN_END, "<|endoftext|>", "</s>", "<|eot_id|>", "<|end_of_text|>")
+        ids = (self.tokenizer.token_to_id(name) for name in names)
+        return tuple(token for token in ids if token is not None)
+
+    def _tag(self, segment: Segment) -> int | None:
+        return self.tokenizer.token_to_id(segment.text) if segment.tag else None
+
+    def _row(self, row: Sequence[Segment], contents: Iterator[Encoding]) -> TokenRow:
+        ids, mask = list(self.prefix), [False] * len(self.prefix)
+        for segment in row:
+            tag = self._tag(segment)
+            piece = next(contents).ids if tag is None else [tag]
+            ids.extend(piece)
+            mask.extend([segment.supervised] * len(piece))
+        return TokenRow(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+
+
+def encode_rows(rows: Iterable[Row], encoder: Encoder, *, seq_len: int, on_overlong: str) -> EncodedRows:
+    """Encode a file's rows and apply the length policy.
+
+    Args:
+        rows: from ``corpus.rows``.
+        encoder: for the model's tokenizer.
+        seq_len: longest row, in tokens.
+        on_overlong: ``auto`` drops, but not more than 5 % of the rows; ``drop``; ``truncate`` keeps the head;
+            ``error``.
+
+    Raises:
+        DataError: if a row is too long under ``error``, too many are under ``auto``, or none remains.
+    """
+    kept: list[TokenRow] = []
+    overlong = truncated = cut = unsupervised = 0
+    encoded = encoder.encode([segments(row.turns) for row in rows])
+    for row in encoded:
+        if len(row.input_ids) > seq_len:
+            overlong += 1
+            if on_overlong != "truncate":
+                continue
+            truncated += 1
+            cut += int(row.supervised[seq_len:].sum())
+            row = TokenRow(row.input_ids[:seq_len], row.supervised[:seq_len])  # noqa: PLW2901 (the cut row is the row)
+        if not row.supervised[1:].any():
+            unsupervised += 1
+            continue
+        kept.append(row)
+    _check_overlong(encoded, overlong, seq_len, on_overlong)
+    if not kept:
+        raise DataError(
+            "no row is left to train on",
+            where=f"{len(encoded)} rows: {overlong} longer than {seq_len} tokens, {unsupervised} unsupervised",
+            fix="raise --seq-len or shorten the rows",
+        )
+    return EncodedRows(
+        rows=tuple(kept),
+        overlong_dropped=0 if on_overlong == "truncate" else overlong,
+        truncated=truncated,
+        supervised_cut=cut,
+        unsupervised_dropped=unsupervised,
+    )
+
+
+def _check_overlong(encoded: Sequence[TokenRow], overlong: int, seq_len: int, on_overlong: str) -> None:
+    allowed = {"error": 0.0, "auto": _MOST_DROPPED_BY_DEFAULT}.get(on_overlong, 1.0)
+    if overlong > allowed * len(encoded):
+        longest = max(len(row.input_ids) for row in encoded)
+        raise DataError(
+            f"{overlong} of {len(encoded)} rows are longer than {seq_len} tokens (the longest has {longest})",
+            expected=f"at most {allowed:.0%} of the rows to be dropped for their length",
+            fix=f"--seq-len {longest}, or accept the loss with --on-overlong drop or --on-overlong truncate",
+        )
+
+
+def _sequence_start(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids a tokenizer's post-processor puts before a sequence, such as Llama's begin-of-text."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a", add_special_tokens=True).ids
+    start = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0)
+    return tuple(framed[:start])

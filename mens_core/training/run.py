@@ -1,0 +1,177 @@
+"""One run, from a plan to a complete run directory.
+
+Everything that can be wrong with the rows is found before the folder is touched. From then on the manifest says
+at every moment how far the run has come.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mens_core.artifacts.adapter import initial_state, write_adapter
+from mens_core.artifacts.files import sha256_file, write_json, write_text
+from mens_core.artifacts.manifest import Manifest
+from mens_core.artifacts.model_card import model_card
+from mens_core.artifacts.rundir import RunDirectory
+from mens_core.backend import Backend
+from mens_core.corpus.rows import read_rows
+from mens_core.exchange import ExecutionPlan
+from mens_core.text.encode import EncodedRows, Encoder, encode_rows, open_tokenizer
+from mens_core.text.pack import run_shape
+from mens_core.training.guards import check_changed, check_trainable
+from mens_core.training.loop import Progress, evaluate, total_steps, train
+from mens_core.training.memory import peak_memory_bytes
+from mens_core.training.telemetry import TELEMETRY_SCHEMA, Observer, Telemetry
+
+__all__ = ["RunResult", "run_plan"]
+
+
+@attrs.frozen(kw_only=True)
+class RunResult:
+    """What a finished run gives back.
+
+    Attributes:
+        output_dir: the run directory.
+        adapter_dir: the folder PEFT opens; the run directory itself.
+        manifest: training_manifest.json as a dictionary.
+        losses: mean training loss of each optimizer step, in nats per supervised token.
+        eval_loss_before: held-out loss of the base; None without an eval.jsonl.
+        eval_loss_after: held-out loss with the adapter; None without an eval.jsonl.
+    """
+
+    output_dir: Path
+    adapter_dir: Path
+    manifest: Mapping[str, Any]
+    losses: tuple[float, ...]
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+
+
+def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer]) -> RunResult:
+    """Train as planned.
+
+    Args:
+        plan: from the planner.
+        backend: the one the plan chose.
+        observers: called with every telemetry event, after the plugins' own.
+
+    Raises:
+        DataError: a row is malformed, too many are too long, or none is left; nothing has been written then.
+        RunDirectoryError: the output folder cannot be used.
+        TrainingError: the run was stopped; the manifest says ``failed`` and why.
+        KeyboardInterrupt: passed on; the manifest says ``interrupted``.
+    """
+    rows, held_out = _read_data(plan)
+    with RunDirectory.claim(plan.contract.output) as folder:
+        manifest = Manifest(folder.manifest, plan, backend.plugin)
+        try:
+            write_json(folder.preflight, _preflight(plan))
+            manifest.update(status="running", pid=os.getpid(), counters=rows.counters(), sha256=_hashes(plan))
+            with Telemetry(folder.telemetry, [backend.event, *observers]) as telemetry:
+                results, progress = _train(plan, backend, rows, held_out, folder, telemetry)
+        except KeyboardInterrupt:
+            manifest.finish("interrupted")
+            raise
+        except BaseException as error:
+            manifest.finish("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        manifest.finish("complete", results=results)
+        return RunResult(
+            output_dir=folder.path,
+            adapter_dir=folder.path,
+            manifest=manifest.fields,
+            losses=tuple(progress.losses),
+            eval_loss_before=results.get("eval_loss_before"),
+            eval_loss_after=results.get("eval_loss_after"),
+        )
+
+
+def _read_data(plan: ExecutionPlan) -> tuple[EncodedRows, EncodedRows | None]:
+    data = plan.contract.data
+    encoder = Encoder(open_tokenizer(plan))
+    rows = encode_rows(read_rows(data.train_file), encoder, seq_len=data.seq_len, on_overlong=data.on_overlong)
+    if not data.eval_file.is_file():
+        return rows, None
+    return rows, encode_rows(read_rows(data.eval_file), encoder, seq_len=data.seq_len, on_overlong=data.on_overlong)
+
+
+def _train(
+    plan: ExecutionPlan,
+    backend: Backend,
+    rows: EncodedRows,
+    held_out: EncodedRows | None,
+    folder: RunDirectory,
+    telemetry: Telemetry,
+) -> tuple[dict[str, Any], Progress]:
+    spec = plan.contract.training
+    telemetry.emit("train_start", _train_start(plan, rows, held_out))
+    shape = run_shape(
+        rows.rows, batch_size=spec.batch_size, grad_accum=spec.grad_accum, seed=spec.seed, epochs=spec.epochs
+    )
+    session = backend.open(plan, shape)
+    start = initial_state(backend.state(session).adapter, spec.seed)
+    check_trainable(start)
+    session = backend.restore(session, start)
+    results: dict[str, Any] = dict(rows.counters())
+    if held_out is not None:
+        results["eval_loss_before"] = evaluate(backend, session, held_out.rows, spec.batch_size)
+        telemetry.emit("evaluation", {"step": 0, "eval_loss": results["eval_loss_before"]})
+    progress = train(backend, session, rows.rows, spec, telemetry)
+    if held_out is not None:
+        results["eval_loss_after"] = evaluate(backend, session, held_out.rows, spec.batch_size)
+        results["eval_counters"] = held_out.counters()
+        telemetry.emit("evaluation", {"step": progress.optimizer_steps, "eval_loss": results["eval_loss_after"]})
+    end = backend.state(session)
+    check_changed(start, end)
+    write_adapter(folder.path, end.adapter, plan)
+    results |= progress.summary() | {"peak_memory_bytes": peak_memory_bytes()}
+    parameters = sum(tensor.size for tensor in end.adapter.values())
+    card = model_card(plan, modules=len(end.adapter) // 2, parameters=parameters, results=results)
+    write_text(folder.model_card, card)
+    telemetry.emit(
+        "train_complete",
+        {"ok": True, "execution_kernel": plan.execution_kernel, "output_dir": str(folder.path), **results},
+    )
+    return results, progress
+
+
+def _train_start(plan: ExecutionPlan, rows: EncodedRows, held_out: EncodedRows | None) -> dict[str, Any]:
+    spec = plan.contract.training
+    return {
+        "telemetry_schema": TELEMETRY_SCHEMA,
+        "execution_kernel": plan.execution_kernel,
+        "runbook_kernel": plan.runbook_kernel,
+        "candle_compat_mode": plan.candle_compat_mode,
+        "contract_digest": plan.contract_digest,
+        "backend": plan.backend,
+        "compute_device": plan.device,
+        "dtype": plan.dtype,
+        "base_model": plan.model_name,
+        "tokenizer_mode": plan.tokenizer,
+        "seed": spec.seed,
+        "grad_accum": spec.grad_accum,
+        "epochs": spec.epochs,
+        "planned_steps_total": total_steps(len(rows.rows), spec),
+        "pairs_loaded": len(rows.rows),
+        "held_out_rows": len(held_out.rows) if held_out else 0,
+        **rows.counters(),
+    }
+
+
+def _preflight(plan: ExecutionPlan) -> dict[str, Any]:
+    return {
+        "schema_version": "vox.mens.preflight.v0",
+        "contract_digest": plan.contract_digest,
+        "execution_kernel": plan.execution_kernel,
+        "notes": [gate.message for gate in plan.gates] + list(plan.warnings),
+    }
+
+
+def _hashes(plan: ExecutionPlan) -> dict[str, Any]:
+    shards = sorted(plan.model_dir.glob("*.safetensors"))
+    return {**plan.contents, "base_shards": {shard.name: sha256_file(shard) for shard in shards}}
