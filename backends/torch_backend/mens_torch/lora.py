@@ -1,0 +1,156 @@
+"""A linear layer with a low-rank update (Hu et al. 2021, LoRA, section 4.1).
+
+::
+
+          x (T, in) ───────────────┐
+          │                        │ Aᵀ (in, R)      A: (R, in) float32, trained
+          │ Wᵀ (in, out)           ▼
+          │ frozen, dense or NF4   x Aᵀ (T, R)       B: (out, R) float32, trained
+          │                        │ Bᵀ (R, out)
+          ▼                        ▼
+          x Wᵀ + b    +    s · (x Aᵀ) Bᵀ     =  y (T, out)
+
+With dy the gradient of y and u = s · dy B:  dA = uᵀ x,  dB = s · dyᵀ (x Aᵀ),  dx = dy W + u A.
+Only x and x Aᵀ are kept for the backward pass; an NF4 weight is brought back twice and never kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor as Array
+from torch import nn
+from torch.nn import functional
+
+from mens_core.errors import ContractError, ModelError
+from mens_torch.quant import NF4Weight, dequantize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["LoraLinear", "merge", "select_targets"]
+
+
+class LoraLinear(nn.Module):
+    """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, computed in the format of x.
+
+    Opens as the identity on the base: A and B are zero. Of rank 0 it is the frozen layer alone.
+
+    Invariants: weight and bias never change; A and B are float32 whatever the base's format.
+
+    Args:
+        weight: (out, in), frozen. GPT-2's Conv1D holds the transpose: pass a transposed view.
+        bias: (out,), frozen, or None.
+        rank: R.
+        scale: s, dimensionless.
+    """
+
+    def __init__(self, weight: Array | NF4Weight, bias: Array | None, rank: int, scale: float) -> None:
+        super().__init__()
+        out, into = weight.shape
+        device = weight.codes.device if isinstance(weight, NF4Weight) else weight.device
+        # Not a module attribute called "weight": code that reads it past forward would lose the adapter in silence.
+        self.frozen, self.bias, self.rank, self.scale = weight, bias, rank, scale
+        self.lora_a = nn.Parameter(torch.zeros(rank, into, device=device), requires_grad=rank > 0)
+        self.lora_b = nn.Parameter(torch.zeros(out, rank, device=device), requires_grad=rank > 0)
+
+    def forward(self, x: Array) -> Array:
+        """Map (..., in) to (..., out)."""
+        y: Array = _LoraProduct.apply(x, self.frozen, self.bias, self.lora_a, self.lora_b, self.scale)
+        return y
+
+
+def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
+    """W + s · B A, computed in float32 (Hu et al. 2021, section 4.1).
+
+    Args:
+        weight: (out, in).
+        lora_a: (R, in).
+        lora_b: (out, R).
+        scale: s, dimensionless.
+
+    Returns:
+        (out, in) float32, newly allocated.
+
+    Raises:
+        ModelError: if the shapes do not fit; nothing is broadcast.
+    """
+    shapes = [tuple(array.shape) for array in (weight, lora_a, lora_b)]
+    if any(len(shape) != 2 for shape in shapes) or (
+        shapes[0] != (shapes[2][0], shapes[1][1]) or shapes[1][0] != shapes[2][1]
+    ):
+        raise ModelError(
+            "an adapter does not fit its weight",
+            where=f"weight {shapes[0]}, lora_A {shapes[1]}, lora_B {shapes[2]}",
+            expected="weight (out, in), lora_A (rank, in), lora_B (out, rank)",
+        )
+    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scale)
+
+
+def select_targets(paths: Sequence[str], targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Choose the linear layers to adapt.
+
+    Args:
+        paths: module paths of every linear layer inside the decoder.
+        targets: ``("all-linear",)``, or names; a path is chosen if it equals a name or ends with ``.<name>``.
+
+    Returns:
+        The chosen paths, in the order of ``paths``.
+
+    Raises:
+        ContractError: if a name matches no path.
+    """
+    if targets == ("all-linear",):
+        return tuple(paths)
+    known = sorted({path.rpartition(".")[2] for path in paths})
+    for name in targets:
+        if not any(f".{path}".endswith(f".{name}") for path in paths):
+            close = difflib.get_close_matches(name, [*known, *paths], n=1)
+            raise ContractError(
+                f"no linear layer is called {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
+                where=f"targets = {', '.join(targets)}",
+                expected=f"all-linear, or names out of {', '.join(known)}",
+            )
+    return tuple(path for path in paths if any(f".{path}".endswith(f".{name}") for name in targets))
+
+
+def _dense(weight: Array | NF4Weight, dtype: torch.dtype) -> Array:
+    return dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
+
+
+class _LoraProduct(torch.autograd.Function):
+    """The formula above as one node, so that nothing but x and x Aᵀ waits for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Array,
+        weight: Array | NF4Weight,
+        bias: Array | None,
+        lora_a: Array,
+        lora_b: Array,
+        scale: float,
+    ) -> Array:
+        y = functional.linear(x, _dense(weight, x.dtype), bias)
+        ctx.weight, ctx.scale, ctx.rank, ctx.shape = weight, scale, lora_a.shape[0], x.shape
+        if ctx.rank:
+            rows = x.reshape(-1, x.shape[-1])
+            down = rows @ lora_a.to(x.dtype).t()
+            y.view(-1, y.shape[-1]).addmm_(down, lora_b.to(x.dtype).t(), alpha=scale)
+            ctx.save_for_backward(rows, down, lora_a, lora_b)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, Array | None, Array | None, None]:
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dx = dy @ _dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
+        grad_a = grad_b = None
+        if ctx.rank:
+            rows, down, lora_a, lora_b = ctx.saved_tensors
+            up = (dy @ lora_b.to(dy.dtype)).mul_(ctx.scale)
+            grad_a = (up.t() @ rows).float()
+            grad_b = (dy.t() @ down).float().mul_(ctx.scale)
+            dx = None if dx is None else dx.addmm_(up, lora_a.to(dy.dtype))
+        return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None

@@ -1,0 +1,57 @@
+"""Cross-entropy of the supervised positions, without ever holding all logits.
+
+For a chunk of n positions with hidden states h (n, D), head W (V, D) and targets y::
+
+    z = h Wᵀ          loss = Σ logsumexp(z) − z[y]          dloss/dh = (softmax(z) − onehot(y)) W
+
+The gradient is formed while the chunk's logits are there, so at most chunk · V of them exist at a time and the
+backward pass has nothing left to do. The head is frozen; it gets no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor as Array
+
+__all__ = ["supervised_loss"]
+
+
+def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256) -> Array:
+    """Sum of the cross-entropies, in nats.
+
+    Args:
+        hidden: (S, D), the supervised positions' hidden states, in the base's format.
+        head: (V, D), same format.
+        targets: (S,) integer, each in 0 … V - 1.
+        chunk: positions whose logits exist at the same time.
+
+    Returns:
+        () float32; log-sum-exp and the sum are taken in float32.
+    """
+    total: Array = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk)
+    return total
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, hidden.shape[0], chunk):
+            chosen = targets[start : start + chunk, None]
+            scores = hidden[start : start + chunk] @ head.t()
+            logits = scores.float()
+            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (norm - logits.gather(1, chosen)).sum()
+            if gradient is not None:
+                slopes = scores.copy_(logits.sub_(norm).exp_())
+                slopes.scatter_add_(1, chosen, slopes.new_full(chosen.shape, -1.0))
+                torch.mm(slopes, head, out=gradient[start : start + chunk])
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, None]:
+        return grads[0].to(ctx.gradient.dtype) * ctx.gradient, None, None, None

@@ -1,0 +1,254 @@
+"""A session: forward, loss, backward and update over one accumulation window.
+
+::
+
+    window of batches ──▶ Σ token losses ──▶ backward ──▶ Σ gradients
+                                                             │ · 1 / supervised tokens of the window
+                                                             │ · min(1, max_grad_norm / norm)
+                                                             ▼
+                            A, B ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
+
+Nothing waits for the device: metrics and the decision to skip an update stay there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor as Array
+from torch.nn import functional
+
+from mens_core.errors import ContractError, DataError, ModelError
+from mens_core.exchange import IGNORE, StepMetrics, TrainingState
+from mens_torch.loss import supervised_loss
+from mens_torch.model import Model, hidden_states, load_model, logits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from mens_core.exchange import Batch, BatchShape, ExecutionPlan
+
+__all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@attrs.define(kw_only=True, eq=False)
+class Session:
+    """What ``mens_open`` hands out.
+
+    Attributes:
+        plan: what is being done.
+        model: the base with its adapter.
+        parameters: shared name → float32 master of A or B.
+        optimizer: AdamW over ``parameters``, its moments and counters always in place.
+        fresh_since: the step at which the moments were last zero; None once they were restored.
+    """
+
+    plan: ExecutionPlan
+    model: Model
+    parameters: dict[str, Array]
+    optimizer: torch.optim.AdamW
+    fresh_since: int | None = 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows run packed; else one at a time, as this model needs it."""
+        return self.model.packed
+
+    @property
+    def linear_head(self) -> bool:
+        """Whether logits are hidden · headᵀ; else the model computes them itself."""
+        return self.model.linear_head
+
+
+def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
+    """Load the model, attach an adapter that is the identity, make AdamW ready.
+
+    Args:
+        plan: what will be done.
+        shape: the largest batch; PyTorch takes any shape, a backend that compiles needs it.
+
+    Raises:
+        ModelError: if weights are missing, left over, wrongly shaped or not finite.
+        ContractError: if a target names no linear layer, or this process lowered float32 precision.
+    """
+    del shape
+    if plan.dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
+        raise ContractError(
+            "this process lets PyTorch multiply float32 matrices in a lower precision",
+            where=f"torch.get_float32_matmul_precision() = {torch.get_float32_matmul_precision()!r}",
+            fix='torch.set_float32_matmul_precision("highest"), or --dtype bfloat16',
+        )
+    model = load_model(plan)
+    parameters: dict[str, Array] = {}
+    for path, layer in model.adapters.items():
+        parameters[f"{path}.lora_A.weight"], parameters[f"{path}.lora_B.weight"] = layer.lora_a, layer.lora_b
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=plan.contract.training.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=plan.contract.training.weight_decay,
+        fused=True,
+    )
+    for parameter in parameters.values():
+        # A layer that a batch does not reach has gradient zero, not none: every backend then counts alike.
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
+        }
+    return Session(plan=plan, model=model, parameters=parameters, optimizer=optimizer)
+
+
+def forward(session: Session, batch: Batch) -> NDArray[np.float32]:
+    """Logits of every position, adapter included.
+
+    Returns:
+        (T, V) float32.
+    """
+    input_ids, positions, rows = _on_device(session, batch)
+    with torch.no_grad():
+        keep = torch.arange(len(input_ids), device=input_ids.device)
+        found: NDArray[np.float32] = logits(session.model, input_ids, positions, rows, keep).float().cpu().numpy()
+    return found
+
+
+def loss(session: Session, batch: Batch) -> tuple[float, int]:
+    """Cross-entropy of the supervised positions, without a gradient.
+
+    Returns:
+        (sum over the supervised tokens, in nats; their number).
+    """
+    if not batch.supervised_tokens:
+        return 0.0, 0
+    with torch.no_grad():
+        return float(_loss_sum(session, batch)), batch.supervised_tokens
+
+
+def step(session: Session, window: Sequence[Batch], learning_rate: float) -> StepMetrics:
+    """Forward, loss and backward over one accumulation window, then one AdamW update.
+
+    Args:
+        session: from ``open_session``; its adapter and optimizer change.
+        window: batches with at least one supervised token in all.
+        learning_rate: of this step.
+
+    Returns:
+        Metrics that live on the device.
+
+    Raises:
+        DataError: if no token of the window is supervised.
+    """
+    supervised = sum(batch.supervised_tokens for batch in window)
+    if not supervised:
+        raise DataError("a window has no supervised token", expected="at least one target that is not ignored")
+    loss_sum = torch.zeros((), dtype=torch.float32, device=session.model.device)
+    for batch in window:
+        if batch.supervised_tokens:
+            part = _loss_sum(session, batch)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss_sum += part.detach()
+    grad_norm = _update(session, loss_sum, supervised, learning_rate)
+    return StepMetrics(loss_sum=loss_sum, grad_norm=grad_norm, supervised_tokens=supervised)
+
+
+def state(session: Session) -> TrainingState:
+    """Copy adapter and optimizer out; the copy does not change when training goes on."""
+    moments = [(name, session.optimizer.state[parameter]) for name, parameter in session.parameters.items()]
+    taken = int(moments[0][1]["step"])
+    fresh = session.fresh_since is not None and session.fresh_since == taken
+    return TrainingState(
+        adapter={name: _copied_out(parameter) for name, parameter in session.parameters.items()},
+        optimizer={}
+        if fresh
+        else {f"{name}.{moment}": _copied_out(found[moment]) for name, found in moments for moment in _MOMENTS},
+        step=taken,
+    )
+
+
+def restore(session: Session, state: TrainingState) -> Session:
+    """Replace adapter and optimizer; an empty ``state.optimizer`` means fresh moments.
+
+    Returns:
+        The same session.
+
+    Raises:
+        ModelError: listing every name that is missing, unknown or of another shape; the session is then unchanged.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in session.parameters.items()}
+    problems = _misfits(wanted, state.adapter)
+    if state.optimizer:
+        moments = {f"{name}.{moment}": shape for name, shape in wanted.items() for moment in _MOMENTS}
+        problems += _misfits(moments, state.optimizer)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ModelError(f"a saved state does not fit this adapter, {count}:\n{listing}", where=f"step {state.step}")
+    with torch.no_grad():
+        for name, parameter in session.parameters.items():
+            parameter.copy_(torch.tensor(state.adapter[name]))
+            found = session.optimizer.state[parameter]
+            found["step"].fill_(state.step)
+            for moment in _MOMENTS:
+                if state.optimizer:
+                    found[moment].copy_(torch.tensor(state.optimizer[f"{name}.{moment}"]))
+                else:
+                    found[moment].zero_()
+    session.fresh_since = None if state.optimizer else state.step
+    return session
+
+
+def _on_device(session: Session, batch: Batch) -> tuple[Array, Array, tuple[int, ...]]:
+    device = session.model.device
+    input_ids, positions = (torch.tensor(part, dtype=torch.int64) for part in (batch.input_ids, batch.positions))
+    return input_ids.to(device), positions.to(device), tuple(batch.row_lengths.tolist())
+
+
+def _loss_sum(session: Session, batch: Batch) -> Array:
+    """Sum of the supervised tokens' cross-entropies, () float32."""
+    model = session.model
+    input_ids, positions, rows = _on_device(session, batch)
+    chosen = np.flatnonzero(batch.targets != IGNORE)
+    keep = torch.from_numpy(chosen).to(model.device)
+    targets = torch.tensor(batch.targets[chosen], dtype=torch.int64).to(model.device)
+    if model.linear_head and model.head is not None:
+        return supervised_loss(hidden_states(model, input_ids, positions, rows)[keep], model.head, targets)
+    found = logits(model, input_ids, positions, rows, keep)
+    return functional.cross_entropy(found.float(), targets, reduction="sum")
+
+
+def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: float) -> Array:
+    """One AdamW update from the summed gradients; returns the mean gradient's global norm, () float32."""
+    optimizer: Any = session.optimizer
+    grads = [parameter.grad for parameter in session.parameters.values() if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / supervised  # noqa: SLF001
+    clip = (session.plan.contract.training.max_grad_norm / norm).clamp(max=1.0)
+    # The fused kernel divides by the one and does nothing at all where the other is 1; both stay on the device.
+    optimizer.grad_scale = supervised / clip
+    optimizer.found_inf = (~(torch.isfinite(loss_sum) & torch.isfinite(norm))).float()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    torch._foreach_zero_(grads)  # noqa: SLF001 (the list form is one kernel)
+    return norm
+
+
+def _misfits(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, NDArray[np.float32]]) -> list[str]:
+    problems = [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} is unknown" for name in given if name not in wanted]
+    return problems + [
+        f"{name} has shape {tuple(given[name].shape)}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in given and tuple(given[name].shape) != shape
+    ]
+
+
+def _copied_out(tensor: Array) -> NDArray[np.float32]:
+    return np.array(tensor.detach().cpu().numpy(), dtype=np.float32, copy=True)
