@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import statistics
 import textwrap
 
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 from mens_core import write_random_model
 from mens_core.hf.layout import FAMILIES
 from mens_core.plugins import load_backend
+
+# Tiny matrices gain nothing from a second thread, and waiting for one that shares its core costs a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shared machines stall now and then; a slow draw says nothing about the property.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)

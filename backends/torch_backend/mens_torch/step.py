@@ -236,7 +236,7 @@ def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: f
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    torch._foreach_zero_(grads)  # noqa: SLF001 (the list form is one kernel)
+    torch._foreach_zero_(grads)
     return norm
 
 
