@@ -38,8 +38,8 @@ no download. It is a base for learning how fine-tuning behaves, not a model to a
 - Data: {num_files} files of the standard library of the interpreter below, without tests and character
   tables; the topics of its reference (`pydoc_data/topics.py`); half of the docstrings once more, as the
   answers of ChatML dialogues. {num_documents:,} documents, {train_tokens:,} training tokens;
-  {wrapped_percent:.0f} % of all tokens lie in dialogues. One file in twenty, chosen by the hash of its content,
-  is held out together with its docstrings.
+  {wrapped_percent:.0f} % of all tokens lie in dialogues. One file in twenty, chosen by the hash of its
+  content, is held out together with its docstrings.
 - Run: seed {seed}, {step} steps of {step_tokens:,} tokens ({tokens:,} tokens, {epochs:.2f} passes).
 - Windows of {stages} tokens, in that order, short ones at random positions.
   Position embeddings are fixed sinusoids.
