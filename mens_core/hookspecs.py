@@ -204,7 +204,7 @@ def mens_restore(session: Any, state: TrainingState) -> Any:
 
 
 @hookspec(firstresult=True)
-def mens_generate(session: Any, prompt: Sequence[int], settings: GenerateSettings) -> Sequence[int] | None:
+def mens_generate(session: Any, prompt: Sequence[int], settings: GenerateSettings) -> list[int] | None:
     """Continue a prompt greedily.
 
     Called by generation.

@@ -198,9 +198,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, streams: Streams) -> None:
         self.recipe, self.streams = recipe, streams
-        train, self._held_out = (
-            torch.tensor(part, dtype=torch.long) for part in (streams.train, streams.held_out)
-        )
+        train, self._held_out = (torch.tensor(part, dtype=torch.long) for part in (streams.train, streams.held_out))
         self._windows = {tokens: Windows(train, tokens, recipe.seed) for _, tokens in recipe.stages}
         self._offsets = random.Random(recipe.seed)  # noqa: S311 (positions, not a secret)
         self.model = build_model(recipe)

@@ -71,6 +71,4 @@ class Ledger:
 
     def tallies(self) -> dict[str, Tally]:
         """The books by reason, in alphabetical order."""
-        return {
-            reason: Tally(count, tuple(shown)) for reason, (count, shown) in sorted(self._entries.items())
-        }
+        return {reason: Tally(count, tuple(shown)) for reason, (count, shown) in sorted(self._entries.items())}

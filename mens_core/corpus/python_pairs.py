@@ -162,9 +162,7 @@ def _signature_end(node: _Function, lines: Sequence[bytes]) -> tuple[int, int]:
     parts += [arguments.vararg, arguments.kwarg, *arguments.defaults, *arguments.kw_defaults, node.returns]
     # Python 3.12 and later: def name[T](…)
     parts += getattr(node, "type_params", [])
-    ends = [
-        (part.end_lineno or 0, part.end_col_offset or 0) for part in parts if isinstance(part, _Positioned)
-    ]
+    ends = [(part.end_lineno or 0, part.end_col_offset or 0) for part in parts if isinstance(part, _Positioned)]
     number, column = max([(node.lineno, node.col_offset), *ends])
     # Behind the last part there are only brackets, commas, blanks and comments before the colon.
     while (colon := lines[number - 1][column:].partition(b"#")[0].find(b":")) < 0:
@@ -191,10 +189,6 @@ def _is_idle(statements: Sequence[ast.stmt]) -> bool:
     match statements:
         case [] | [ast.Pass()] | [ast.Expr(value=ast.Constant())]:
             return True
-        case [
-            ast.Raise(
-                exc=ast.Name(id="NotImplementedError") | ast.Call(func=ast.Name(id="NotImplementedError"))
-            )
-        ]:
+        case [ast.Raise(exc=ast.Name(id="NotImplementedError") | ast.Call(func=ast.Name(id="NotImplementedError")))]:
             return True
     return False

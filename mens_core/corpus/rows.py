@@ -178,9 +178,7 @@ def _turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
     if conversation is not None:
         turns = _conversation(conversation)
     elif isinstance(record.get("input"), str) and record["input"].strip():
-        raise _Fault(
-            "an 'input' beside the prompt", "the input as a part of the prompt, which is all that is read"
-        )
+        raise _Fault("an 'input' beside the prompt", "the input as a part of the prompt, which is all that is read")
     else:
         turns = (_turn("user", prompt, record, _PROMPT), _turn("assistant", response, record, _RESPONSE))
     if record.get("system") is None:
@@ -202,9 +200,7 @@ def _either(record: Mapping[str, Any], spellings: tuple[str, str]) -> Any:
 def _turn(role: str, text: Any, record: Mapping[str, Any], spellings: tuple[str, ...]) -> Turn:
     if text is None:
         unknown = [key for key in record if key not in _FIELDS]
-        near = [
-            key for name in spellings for key in difflib.get_close_matches(name, unknown, n=1, cutoff=0.7)
-        ]
+        near = [key for name in spellings for key in difflib.get_close_matches(name, unknown, n=1, cutoff=0.7)]
         hint = f" (found {_short(near[0])}: did you mean {spellings[0]!r}?)" if near else ""
         raise _Fault(f"no {spellings[0]!r}{hint}", _FORMS)
     return Turn(role, _content(text, repr(spellings[0])))

@@ -1,7 +1,7 @@
 """Hub ids: real loading code, tried offline against a cache laid out as the hub client lays it out."""
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from mens_core.errors import ModelError
 from mens_core.hf.hub import LAB_BASE, find_model
@@ -12,8 +12,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A hub cache with one repository, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--name"
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)

@@ -43,9 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("rows")
 
 
-@given(
-    before=dialogues, last=contents, system=st.none() | contents, key=st.sampled_from(["turns", "messages"])
-)
+@given(before=dialogues, last=contents, system=st.none() | contents, key=st.sampled_from(["turns", "messages"]))
 def test_any_conversation_comes_back_unchanged(
     folder: Path, before: list[tuple[str, str]], last: str, system: str | None, key: str
 ) -> None:
