@@ -94,6 +94,7 @@ def test_the_torch_backend_imports_no_jax():
 
 def test_the_public_surface_is_what_it_says():
     assert mens_core.__all__ == [
+        "BackendInfo",
         "Batch",
         "BatchShape",
         "ExecutionPlan",
@@ -111,6 +112,7 @@ def test_the_public_surface_is_what_it_says():
         "TrainingState",
         "generate",
         "hookimpl",
+        "installed_backends",
         "write_random_model",
     ]
     assert all(getattr(mens_core, name) is not None for name in mens_core.__all__)

@@ -194,7 +194,7 @@ def _quantize_scales(absmax: _Floats) -> tuple[NDArray[np.uint8], _Floats, np.fl
 
 @functools.cache
 def _dynamic_map() -> _Floats:
-    """bitsandbytes' signed 8-bit map: seven decades of evenly spaced values (Dettmers 2016, arXiv:1511.04561)."""
+    """Bitsandbytes' signed 8-bit map: seven decades of evenly spaced values (Dettmers 2016, arXiv:1511.04561)."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = _linspace(2**exponent + 1)
