@@ -95,12 +95,15 @@ literals = st.sampled_from(
         "lambda: {1: 2}",
         "b'x' \\\n  b'y'",
         "x[1:2]",
+        "'one \\\n        two'",
     ]
 )
 signatures = st.builds(
     "({}{}){}:{}".format,
     identifiers,
-    st.sampled_from(["", ", *, k: 'a:b' = {1: 2}", ", # note: one\n   b=3", ", *rest, **more: int"]),
+    st.sampled_from(
+        ["", ", *, k: 'a:b' = {1: 2}", ", # note: one\n   b=3", ", *rest, **more: int", ", k=3,  # the last: so far\n"]
+    ),
     st.sampled_from(["", " -> dict[1:2]", " -> (  # why: this\n  int)"]),
     st.sampled_from(["", "  # trailing: comment"]),
 )
