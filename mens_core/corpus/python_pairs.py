@@ -4,26 +4,23 @@
     signature            → body                    category signature_to_body
     signature and body   → docstring               category implementation_to_docstring
 
-Functions are taken from modules and classes, also under ``if`` and ``try``; a function inside a function stays
-a part of it. Comments and formatting survive, since the text is cut and not printed anew. Methods are moved to
-the margin, so a body set under its signature parses.
+Functions are taken from modules and classes, also under ``if`` and ``try``; a function inside a function
+stays a part of it. Comments and formatting survive, since the text is cut and not printed anew. Methods are
+moved to the margin, so a body set under its signature parses.
 """
 
 from __future__ import annotations
 
 import ast
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import attrs
 
 from mens_core.corpus.pair import CODE_LANE, DOCS_LANE, Ledger, Pair
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
 __all__ = ["DocumentedFunction", "functions_of", "python_pairs"]
 
-_IDLE_BODY = "function whose body does nothing (pass, ... or raise NotImplementedError)"
+_IDLE_BODY = "function body that does nothing: pass, ... or raise NotImplementedError"
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Positioned = ast.expr | ast.arg

@@ -14,15 +14,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import attrs
 
 from mens_core.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
 __all__ = ["ROLES", "Row", "Turn", "read_rows"]
 

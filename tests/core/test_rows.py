@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,6 @@ from hypothesis import strategies as st
 
 from mens_core.corpus.rows import Row, Turn, read_rows
 from mens_core.errors import DataError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 contents = st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip)
 dialogues = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), contents), max_size=4)
