@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import attrs
 import torch
@@ -25,14 +25,11 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
-from mens_core.exchange import NF4Spec
+from mens_core.exchange import ExecutionPlan, NF4Spec
 from mens_torch.attention import packed_attention
 from mens_torch.lora import LoraLinear, select_targets
 from mens_torch.quant import quantize
 from mens_torch.weights import load_base
-
-if TYPE_CHECKING:
-    from mens_core.exchange import ExecutionPlan
 
 __all__ = ["Model", "hidden_states", "load_model", "logits"]
 
@@ -122,9 +119,13 @@ def hidden_states(model: Model, input_ids: Array, positions: Array, rows: tuple[
 
 
 def logits(model: Model, input_ids: Array, positions: Array, rows: tuple[int, ...], keep: Array) -> Array:
-    """Logits of chosen positions; the other arguments are those of ``hidden_states``.
+    """Logits of chosen positions.
 
     Args:
+        model: from ``load_model``.
+        input_ids: (T,) int64.
+        positions: (T,) int64, restarting with each row.
+        rows: length of each row, summing to T.
         keep: (K,) int64, indices into the T positions.
 
     Returns:
@@ -140,7 +141,7 @@ def _run(model: Model, part: Any, input_ids: Array, positions: Array, rows: tupl
     if model.packed:
         output = part(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, rows=rows)[0][0]
         return cast("Array", output)
-    return torch.cat([part(input_ids=row[None], use_cache=False)[0][0] for row in input_ids.split(list(rows))])
+    return torch.cat([part(input_ids=row[None], use_cache=False)[0][0] for row in torch.split(input_ids, rows)])
 
 
 def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
@@ -279,17 +280,19 @@ def _attention(module: Any, query: Array, key: Array, value: Array, mask: Array 
     del module, mask
     scale = given.get("scaling") or query.shape[-1] ** -0.5
     rows, window, softcap, sinks = (given.get(name) for name in ("rows", "sliding_window", "softcap", "s_aux"))
-    parts = [part[0].transpose(0, 1) for part in (query, key, value)]
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     if softcap is None and sinks is None:
-        return packed_attention(*parts, cast("tuple[int, ...]", rows), scale, window)[None], None
-    split = zip(*(part.split(list(cast("tuple[int, ...]", rows))) for part in parts), strict=True)
-    return torch.cat([_spelled_out(*row, scale, window, softcap, sinks) for row in split])[None], None
+        return packed_attention(query, key, value, rows, scale, window)[None], None
+    split = zip(*(torch.split(part, rows) for part in (query, key, value)), strict=True)
+    outputs = [_spelled_out(*row, scale=scale, window=window, softcap=softcap, sinks=sinks) for row in split]
+    return torch.cat(outputs)[None], None
 
 
 def _spelled_out(
     query: Array,
     key: Array,
     value: Array,
+    *,
     scale: float,
     window: int | None,
     softcap: float | None,
