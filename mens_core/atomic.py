@@ -39,8 +39,7 @@ def replacing(*paths: Path) -> Iterator[tuple[TextIO, ...]]:
     try:
         with ExitStack() as stack:
             files = tuple(
-                stack.enter_context(temporary.open("x", encoding="utf-8", newline="\n"))
-                for temporary in temporaries
+                stack.enter_context(temporary.open("x", encoding="utf-8", newline="\n")) for temporary in temporaries
             )
             yield files
             for file in files:

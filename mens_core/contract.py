@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from mens_core import fields
 from mens_core.errors import ContractError
 
 if TYPE_CHECKING:
@@ -60,102 +61,17 @@ _METHOD_SPELLINGS = {
 }
 
 
-def _checked(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    problem = attribute.metadata["check"](value)
-    if problem:
-        raise ContractError(f"{attribute.name} {problem}", where=f"{attribute.name} = {value!r}")
-
-
-def _field(
-    default: Any,
-    help_text: str,
-    *,
-    parse: Callable[[str], Any],
-    check: Callable[[Any], str | None],
-    **extra: Any,
-) -> Any:
-    metadata = {"help": help_text, "parse": parse, "check": check, **extra}
-    return attrs.field(default=default, metadata=metadata, validator=_checked)
-
-
-def _integer(default: int | None, help_text: str, *, low: int, high: float = math.inf, **extra: Any) -> Any:
-    def check(value: object) -> str | None:
-        if value is None and default is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            return f"must be a whole number of at least {low}" + (f" and at most {high}" if high < math.inf else "")
-        return None
-
-    return _field(default, help_text, parse=int, check=check, **extra)
-
-
-def _number(default: float, help_text: str, *, low: float, exclusive: bool = False, **extra: Any) -> Any:
-    def check(value: object) -> str | None:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or value < low or (exclusive and value == low):  # type: ignore[operator]
-            return f"must be a finite number {'above' if exclusive else 'of at least'} {low:g}"
-        return None
-
-    return _field(default, help_text, parse=float, check=check, **extra)
-
-
-def _choice(default: str, choices: tuple[str, ...], help_text: str, **extra: Any) -> Any:
-    def check(value: object) -> str | None:
-        if value in choices:
-            return None
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"must be one of {', '.join(choices)}{hint}"
-
-    return _field(default, help_text, parse=str, check=check, choices=choices, **extra)
-
-
-def _switch(default: bool, help_text: str, **extra: Any) -> Any:
-    def check(value: object) -> str | None:
-        return None if isinstance(value, bool) else "must be true or false"
-
-    return _field(default, help_text, parse=bool, check=check, **extra)
-
-
-def _text(default: str | None, help_text: str, **extra: Any) -> Any:
-    def check(value: object) -> str | None:
-        if (value is None and default is None) or (isinstance(value, str) and value.strip()):
-            return None
-        return "must be a text that is not empty"
-
-    return _field(default, help_text, parse=str, check=check, **extra)
-
-
-def _folder(help_text: str, **extra: Any) -> Any:
-    def check(value: object) -> str | None:
-        return None if value is None or isinstance(value, Path) else "must be a path"
-
-    return _field(None, help_text, parse=Path, check=check, required=True, **extra)
-
-
-def _names(default: tuple[str, ...], help_text: str, **extra: Any) -> Any:
-    def parse(text: str) -> tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-
-    def check(value: object) -> str | None:
-        if isinstance(value, tuple) and value and all(isinstance(name, str) and name for name in value):
-            return None
-        return "must name at least one module"
-
-    return _field(default, help_text, parse=parse, check=check, **extra)
-
-
 @attrs.frozen(kw_only=True)
 class ModelSpec:
     """The base model and its tokenizer."""
 
-    model: str | None = _text(
+    model: str | None = fields.text(
         None,
         "Base model: a Hugging Face folder on disk, or a hub id. Without it the bundled lab base is used.",
         metavar="DIR|ID",
     )
-    revision: str | None = _text(None, "Commit, tag or branch of a hub id.")
-    tokenizer: str = _choice(
+    revision: str | None = fields.text(None, "Commit, tag or branch of a hub id.")
+    tokenizer: str = fields.choice(
         "auto",
         ("auto", "hf", "lab"),
         "hf reads the model's tokenizer.json; lab is the bundled reversible byte tokenizer (vox is an alias); "
@@ -168,9 +84,9 @@ class ModelSpec:
 class DataSpec:
     """The rows and how they become token rows."""
 
-    data_dir: Path | None = _folder("Folder that holds train.jsonl and, if there is a held-out part, eval.jsonl.")
-    seq_len: int = _integer(512, "Longest row.", low=8, unit="tokens")
-    on_overlong: str = _choice(
+    data_dir: Path | None = fields.folder("Folder that holds train.jsonl and, if there is a held-out part, eval.jsonl.")
+    seq_len: int = fields.integer(512, "Longest row.", low=8, unit="tokens")
+    on_overlong: str = fields.choice(
         "auto",
         ("auto", "drop", "truncate", "error"),
         "What becomes of a row longer than seq-len: auto drops it, but refuses to lose more than 5 % of the rows. "
@@ -197,28 +113,28 @@ class DataSpec:
 class AdapterSpec:
     """The adapter: y = x Wᵀ + s · (x Aᵀ) Bᵀ."""
 
-    method: str = _choice(
+    method: str = fields.choice(
         "lora",
         METHODS,
         "lora keeps the base in the compute type; qlora stores it in NF4 (4.127 bits a weight).",
     )
-    rank: int = _integer(
+    rank: int = fields.integer(
         16,
         "Rank of the update.",
         low=1,
         evidence="rank is not the bottleneck at this size (Schulman et al. 2025, LoRA Without Regret)",
     )
-    alpha: float = _number(
+    alpha: float = fields.number(
         32.0,
         "Numerator of the scale s = alpha / rank.",
         low=0.0,
         exclusive=True,
         evidence="alpha = 2 * rank, as in PEFT's and the QLoRA authors' recipes",
     )
-    rslora: bool = _switch(
+    rslora: bool = fields.switch(
         False, "Scale by alpha / sqrt(rank) instead.", evidence="Kalajdzievski 2023, arXiv:2312.03732"
     )
-    targets: tuple[str, ...] = _names(
+    targets: tuple[str, ...] = fields.names(
         ("all-linear",),
         "Linear layers to adapt: all-linear, or a comma-separated list of module names such as q_proj,v_proj.",
         metavar="NAMES",
@@ -235,7 +151,7 @@ class AdapterSpec:
 class QuantSpec:
     """How QLoRA stores the frozen base."""
 
-    block_size: int = _integer(
+    block_size: int = fields.integer(
         64,
         "Weights that share one scale; a power of two from 32 to 4096.",
         low=32,
@@ -243,7 +159,7 @@ class QuantSpec:
         unit="weights",
         evidence="Dettmers et al. 2023, section 3",
     )
-    double_quant: bool = _switch(
+    double_quant: bool = fields.switch(
         True,
         "Keep the scales themselves in full precision instead of 8 bits.",
         flag="--qlora-no-double-quant",
@@ -255,13 +171,13 @@ class QuantSpec:
 class TrainingSpec:
     """How long, how fast, from which seed."""
 
-    epochs: int = _integer(3, "Passes over the rows.", low=1)
-    max_steps: int | None = _integer(None, "Stop after this many optimizer steps.", low=1, unit="steps")
-    batch_size: int = _integer(
+    epochs: int = fields.integer(3, "Passes over the rows.", low=1)
+    max_steps: int | None = fields.integer(None, "Stop after this many optimizer steps.", low=1, unit="steps")
+    batch_size: int = fields.integer(
         4, "Rows in one forward pass; they are packed end to end, not padded.", low=1, unit="rows"
     )
-    grad_accum: int = _integer(4, "Forward passes that share one optimizer step.", low=1, unit="batches")
-    learning_rate: float = _number(
+    grad_accum: int = fields.integer(4, "Forward passes that share one optimizer step.", low=1, unit="batches")
+    learning_rate: float = fields.number(
         2e-4,
         "Peak learning rate.",
         low=0.0,
@@ -269,12 +185,12 @@ class TrainingSpec:
         flag="--lr",
         evidence="Dettmers et al. 2023, table 9; about ten times that of full fine-tuning",
     )
-    schedule: str = _choice(
+    schedule: str = fields.choice(
         "cosine",
         ("constant", "linear", "cosine"),
         "Course of the learning rate after warm-up; it falls to zero.",
     )
-    warmup_steps: int | None = _integer(
+    warmup_steps: int | None = fields.integer(
         None,
         "Steps over which the rate rises to its peak; 3 % of the run when not given.",
         low=0,
@@ -282,29 +198,31 @@ class TrainingSpec:
         flag="--warmup",
         evidence="Dettmers et al. 2023, appendix B.2",
     )
-    weight_decay: float = _number(0.0, "Decoupled weight decay of the adapter.", low=0.0)
-    max_grad_norm: float = _number(
+    weight_decay: float = fields.number(0.0, "Decoupled weight decay of the adapter.", low=0.0)
+    max_grad_norm: float = fields.number(
         1.0,
         "Gradients are scaled down to this global norm.",
         low=0.0,
         exclusive=True,
         evidence="the default of transformers' Trainer",
     )
-    seed: int = _integer(42, "Seeds the adapter's start and the order of the rows.", low=0)
+    seed: int = fields.integer(42, "Seeds the adapter's start and the order of the rows.", low=0)
 
 
 @attrs.frozen(kw_only=True)
 class ComputeSpec:
     """Where the mathematics runs."""
 
-    backend: str = _text(
+    backend: str = fields.text(
         "auto",
         "auto takes the first that can do the run (torch, jax, then others); torch, jax or an installed plugin "
         "is forced; lora and qlora name the method and leave the backend open; torch_qlora and the like force both.",
         metavar="NAME",
     )
-    device: str = _text("auto", "auto, cpu, cuda or cuda:N; auto is the accelerator if there is one.", metavar="NAME")
-    dtype: str = _choice(
+    device: str = fields.text(
+        "auto", "auto, cpu, cuda or cuda:N; auto is the accelerator if there is one.", metavar="NAME"
+    )
+    dtype: str = fields.choice(
         "auto",
         ("auto", "float32", "bfloat16"),
         "Number format of the frozen base and the activations; auto is float32 on a CPU and bfloat16 on an "
@@ -316,8 +234,8 @@ class ComputeSpec:
 class OutputSpec:
     """Where the run directory goes."""
 
-    output_dir: Path | None = _folder("Folder of the run; it must not hold an earlier run.")
-    overwrite: bool = _switch(False, "Replace an earlier run in the output folder.")
+    output_dir: Path | None = fields.folder("Folder of the run; it must not hold an earlier run.")
+    overwrite: bool = fields.switch(False, "Replace an earlier run in the output folder.")
 
 
 @attrs.frozen(kw_only=True)
@@ -337,19 +255,19 @@ class FineTuneContract:
     output: OutputSpec
 
     @classmethod
-    def from_fields(cls, *, trains: bool = True, **fields: Any) -> FineTuneContract:
+    def from_fields(cls, *, trains: bool = True, **given: Any) -> FineTuneContract:
         """Build a contract from flat field names, reporting every problem at once.
 
         Args:
             trains: whether data and output folder are required; generation needs neither.
-            **fields: field name → value; ``backend`` may be a method's or a kernel's name (``resolve_backend``).
+            **given: field name → value; ``backend`` may be a method's or a kernel's name (``resolve_backend``).
 
         Raises:
             ContractError: listing each unknown, missing, malformed or contradictory field.
         """
         known = {field.name: (section, field) for section, field in contract_fields()}
-        problems = [_unknown(name, known) for name in fields if name not in known]
-        values = {name: _converted(known[name][1], value) for name, value in fields.items() if name in known}
+        problems = [_unknown(name, known) for name in given if name not in known]
+        values = {name: _converted(known[name][1], value) for name, value in given.items() if name in known}
         if isinstance(values.get("backend"), str):
             try:
                 values["backend"], method = resolve_backend(values["backend"], values.get("method"))
@@ -372,7 +290,7 @@ class FineTuneContract:
         sections: dict[str, dict[str, Any]] = {field.name: {} for field in attrs.fields(cls)}
         for name, value in values.items():
             sections[known[name][0]][name] = value
-        return cls(**{name: _SECTIONS[name](**given) for name, given in sections.items()})
+        return cls(**{name: _SECTIONS[name](**chosen) for name, chosen in sections.items()})
 
     def as_fields(self) -> dict[str, Any]:
         """The inverse of ``from_fields``: flat names to values, paths as text, ready for JSON."""
@@ -393,8 +311,8 @@ class FineTuneContract:
             contents: name → sha256 of each input file (data, config.json, tokenizer, weight headers).
         """
         places = {"model", "revision", "data_dir", "output_dir", "overwrite"}
-        fields = {name: value for name, value in self.as_fields().items() if name not in places}
-        body = {"format": "mens.contract.v1", "fields": fields, "contents": dict(contents)}
+        asked = {name: value for name, value in self.as_fields().items() if name not in places}
+        body = {"format": "mens.contract.v1", "fields": asked, "contents": dict(contents)}
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -16,11 +16,6 @@ def base_gates(layout: Layout, model_dir: Path, tokenizer: str) -> tuple[GateVer
     """Check the base model's folder, in a fixed order."""
     return (
         GateVerdict(
-            code="weights_exist",
-            passed=any(model_dir.glob("*.safetensors")),
-            message=f"safetensors weights in {model_dir}",
-        ),
-        GateVerdict(
             code="tokenizer_exists",
             passed=tokenizer == "lab" or (model_dir / "tokenizer.json").is_file(),
             message=f"tokenizer.json in {model_dir}",
@@ -51,7 +46,6 @@ LAB_VOCABULARY = 259
 
 _MENDS = {
     "train_file_exists": "python -m mens_core corpus pairs <sources> --output <data-dir>",
-    "weights_exist": "save the model with save_pretrained; pickled *.bin weights are never read",
     "tokenizer_exists": "save the tokenizer beside the model, or pass --tokenizer lab",
     "row_fits_positions": "lower --seq-len",
     "lab_tokenizer_fits": "use --tokenizer hf",

@@ -6,6 +6,8 @@ run:   plan ─▶ rows ─▶ run directory ─▶ session ─▶ loop ─▶ a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 import attrs
 
 from mens_core.artifacts.files import sha256_file
+from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.backend import Backend
 from mens_core.contract import FineTuneContract
 from mens_core.errors import ContractError, GateError
@@ -87,8 +90,9 @@ def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[Executi
     tokenizer = _tokenizer(contract)
     gates = base_gates(layout, model_dir, tokenizer) + (data_gates(contract.data, layout) if trains else ())
     refuse_failed(gates)
+    weights = open_tensors(model_dir)
     offers, backend = _choose(contract, layout)
-    contents = _contents(contract, model_dir, tokenizer)
+    contents = _contents(contract, model_dir, tokenizer, weights)
     plan = ExecutionPlan(
         contract=contract,
         layout=layout,
@@ -175,13 +179,15 @@ def _this_machine() -> Machine:
     )
 
 
-def _contents(contract: FineTuneContract, model_dir: Path, tokenizer: str) -> dict[str, str]:
-    """Sha256 of every small input file, by a name that holds no path; weights are hashed when they are read."""
-    files = {"config.json": model_dir / "config.json", "index": model_dir / "model.safetensors.index.json"}
+def _contents(contract: FineTuneContract, model_dir: Path, tokenizer: str, weights: TensorFolder) -> dict[str, str]:
+    """Sha256 of every small input, by a name that holds no path; of the weights, names, types and shapes only."""
+    files = {"config.json": model_dir / "config.json"}
+    files |= {"tokenizer.json": model_dir / "tokenizer.json"} if tokenizer == "hf" else {}
     if contract.data.data_dir is not None:
         files |= {"train.jsonl": contract.data.train_file, "eval.jsonl": contract.data.eval_file}
-    files |= {"tokenizer.json": model_dir / "tokenizer.json"} if tokenizer == "hf" else {}
-    return {name: sha256_file(path) for name, path in files.items() if path.is_file()}
+    headers = sorted((name, info.dtype, info.shape) for name, info in weights.headers.items())
+    described = hashlib.sha256(json.dumps(headers).encode()).hexdigest()
+    return {name: sha256_file(path) for name, path in files.items() if path.is_file()} | {"weight_headers": described}
 
 
 def _warnings(model_dir: Path, tokenizer: str) -> tuple[str, ...]:

@@ -44,12 +44,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
     """What happened and where everything lies, for the end of a run."""
     results = manifest["results"]
+    steps, seconds = results["optimizer_steps"], results["train_seconds"]
+    speed, memory = f"{results['tokens_per_sec']:,.0f} tokens/s", _gigabytes(results["peak_memory_bytes"])
     lines = [
-        (
-            f"trained {results['optimizer_steps']} steps on {results['rows']:,} rows with {manifest['execution_kernel']} "
-            f"in {results['train_seconds']:.1f} s ({results['tokens_per_sec']:,.0f} tokens/s, "
-            f"peak memory {_gigabytes(results['peak_memory_bytes'])})"
-        ),
+        f"trained {steps} steps on {results['rows']:,} rows with {manifest['execution_kernel']} in {seconds:.1f} s",
+        f"speed          {speed}, peak memory {memory}",
         f"training loss  {results['first_loss']:.4f} → {results['last_loss']:.4f}",
     ]
     if "eval_loss_before" in results:

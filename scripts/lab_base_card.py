@@ -59,9 +59,7 @@ the PSF License Version 2. The weights are released under Apache-2.0, like the p
 """
 
 
-def card(
-    recipe: Recipe, streams: Streams, curve: list[tuple[int, float, float]], seconds: float, versions: str
-) -> str:
+def card(recipe: Recipe, streams: Streams, curve: list[tuple[int, float, float]], seconds: float, versions: str) -> str:
     """Markdown that says what the model is, how it was made and how good it is.
 
     Args:

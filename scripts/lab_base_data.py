@@ -112,9 +112,7 @@ def _documents_of(path: Path, root: Path) -> Iterator[Document]:
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     for qualified, docstring in _docstrings(ast.parse(text), module):
         if _share(docstring.encode(), "asked") < ASKED_SHARE:
-            yield Document(
-                f"What does `{qualified}` do?", docstring.encode(), wrapped=True, held_out=held_out
-            )
+            yield Document(f"What does `{qualified}` do?", docstring.encode(), wrapped=True, held_out=held_out)
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:

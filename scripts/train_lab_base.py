@@ -109,9 +109,7 @@ def loss_of(model: GPT2LMHeadModel, rows: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT2LMHeadModel, stream: torch.Tensor, recipe: Recipe, num_windows: int | None = None
-) -> float:
+def evaluate(model: GPT2LMHeadModel, stream: torch.Tensor, recipe: Recipe, num_windows: int | None = None) -> float:
     """Mean loss in nats per token over the windows of ``stream``, or over about ``num_windows``."""
     length = recipe.window_tokens + 1
     starts = list(range(0, len(stream) - length, recipe.window_tokens))
@@ -198,13 +196,9 @@ def versions() -> str:
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="model folder to write")
-    parser.add_argument(
-        "--snapshots", type=Path, help="folder for a complete model at each evaluation (default: none)"
-    )
+    parser.add_argument("--snapshots", type=Path, help="folder for a complete model at each evaluation (default: none)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,10 +1,10 @@
 """The learning rate as a pure function of the step.
 
-    warm-up: peak · (step + 1) / warmup          for step < warmup
+    warm-up: peak · step / warmup                for step < warmup
     constant: peak      linear: peak · (1 - p)      cosine: peak · ½ (1 + cos π p)
 
 with p = (step - warmup) / (total - warmup) from 0 to 1. The first update uses step 0. These are transformers'
-schedules of the same names, save that its warm-up begins with a step at zero, which trains nothing.
+schedules of the same names (``get_scheduler``, optimization.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _WARMUP_SHARE = 0.03  # Dettmers et al. 2023, appendix B.2
 
 
 def warmup_for(total_steps: int, requested: int | None) -> int:
-    """Warm-up steps: those asked for, at most the whole run, or 3 % of it rounded up."""
+    """Warm-up steps: those asked for, at most the whole run, or 3 % of it rounded down."""
     if requested is None:
-        return math.ceil(_WARMUP_SHARE * total_steps)
+        # Rounded down, because a run of a few steps must not spend one of them at a rate of zero.
+        return math.floor(_WARMUP_SHARE * total_steps)
     return min(requested, total_steps)
 
 
@@ -37,7 +38,7 @@ def learning_rate(step: int, *, schedule: str, peak: float, warmup_steps: int, t
         ValueError: if the schedule is not one of the three.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     match schedule:
         case "constant":

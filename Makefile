@@ -1,0 +1,33 @@
+# Five verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
+.PHONY: install check test demo bench
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+install: $(VENV)/.dev        ## the development environment
+
+check: $(VENV)/.dev          ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check                  ## everything
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a few minutes
+	$(BIN)/python examples/quickstart.py
+
+bench: $(VENV)/.dev          ## the measurements of benchmarks/README.md
+	$(BIN)/python benchmarks/training_step.py
+
+$(VENV)/.torch: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.torch $@
