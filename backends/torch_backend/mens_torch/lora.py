@@ -100,8 +100,11 @@ def select_targets(paths: Sequence[str], targets: tuple[str, ...]) -> tuple[str,
         The chosen paths, in the order of ``paths``.
 
     Raises:
+        ModelError: if there is no linear layer at all.
         ContractError: if a name matches no path.
     """
+    if not paths:
+        raise ModelError("the decoder has no linear layer that could be adapted")
     if targets == ("all-linear",):
         return tuple(paths)
     known = sorted({path.rpartition(".")[2] for path in paths})
