@@ -172,9 +172,10 @@ def _is_product(module: Any) -> bool:
         return True
     if not isinstance(module, nn.Linear):
         return False
-    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
     with torch.no_grad():
-        return torch.allclose(module(x), functional.linear(x, module.weight, module.bias), rtol=1e-2)
+        found, product = module(x), functional.linear(x, module.weight, module.bias)
+    return isinstance(found, Array) and found.shape == product.shape and torch.allclose(found, product, rtol=1e-2)
 
 
 def _prove(model: Model, plan: ExecutionPlan) -> None:
