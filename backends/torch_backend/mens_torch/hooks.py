@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from mens_core.contract import FineTuneContract
 from mens_core.errors import ContractError
-from mens_core.exchange import KernelOffer
+from mens_core.exchange import (
+    Batch,
+    BatchShape,
+    ExecutionPlan,
+    GenerateSettings,
+    KernelOffer,
+    NF4Spec,
+    QuantizedWeight,
+    StepMetrics,
+    TrainingState,
+)
+from mens_core.hf.layout import Layout
 from mens_core.hookspecs import hookimpl
 from mens_torch import decode, lora, quant, step
 from mens_torch.device import pick_device, pick_dtype
 from mens_torch.weights import unsupported
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from mens_core.contract import FineTuneContract
-    from mens_core.exchange import (
-        Batch,
-        BatchShape,
-        ExecutionPlan,
-        GenerateSettings,
-        NF4Spec,
-        QuantizedWeight,
-        StepMetrics,
-        TrainingState,
-    )
-    from mens_core.hf.layout import Layout
 
 __all__ = [
     "mens_dequantize",

@@ -30,7 +30,7 @@ def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256
     Returns:
         () float32; log-sum-exp and the sum are taken in float32.
     """
-    total: Array = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk)
+    total: Array = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
     return total
 
 

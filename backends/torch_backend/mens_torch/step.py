@@ -13,25 +13,20 @@ Nothing waits for the device: metrics and the decision to skip an update stay th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor as Array
 from torch.nn import functional
 
 from mens_core.errors import ContractError, DataError, ModelError
-from mens_core.exchange import IGNORE, StepMetrics, TrainingState
+from mens_core.exchange import IGNORE, Batch, BatchShape, ExecutionPlan, StepMetrics, TrainingState
 from mens_torch.loss import supervised_loss
 from mens_torch.model import Model, hidden_states, load_model, logits
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from mens_core.exchange import Batch, BatchShape, ExecutionPlan
 
 __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
 
@@ -228,7 +223,7 @@ def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: f
     """One AdamW update from the summed gradients; returns the mean gradient's global norm, () float32."""
     optimizer: Any = session.optimizer
     grads = [parameter.grad for parameter in session.parameters.values() if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / supervised  # noqa: SLF001
+    norm: Array = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / supervised  # noqa: SLF001
     clip = (session.plan.contract.training.max_grad_norm / norm).clamp(max=1.0)
     # The fused kernel divides by the one and does nothing at all where the other is 1; both stay on the device.
     optimizer.grad_scale = supervised / clip
