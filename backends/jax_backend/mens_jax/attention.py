@@ -63,9 +63,7 @@ def packed_attention(
     return take(output.reshape(count * longest, *query.shape[1:]), slots, from_tokens)
 
 
-def _one_by_one(
-    query: Array, key: Array, value: Array, lengths: Array, scale: float, window: Array | None
-) -> Array:
+def _one_by_one(query: Array, key: Array, value: Array, lengths: Array, scale: float, window: Array | None) -> Array:
     """(N, L, H, E) and (N, L, K, E) to (N, L, H, E), one row and key/value head after the other."""
     count, longest, heads, width = query.shape
     group = heads // key.shape[2]

@@ -43,7 +43,9 @@ class Model(nnx.Module):
             the others carry A = B = 0, which no update ever moves.
     """
 
-    def __init__(self, decoder: Gpt2Decoder | LlamaDecoder, lm_head: Embedding | None, adapted: tuple[str, ...]) -> None:
+    def __init__(
+        self, decoder: Gpt2Decoder | LlamaDecoder, lm_head: Embedding | None, adapted: tuple[str, ...]
+    ) -> None:
         self.stem = "transformer" if isinstance(decoder, Gpt2Decoder) else "model"
         setattr(self, self.stem, decoder)
         self.lm_head, self.adapted = lm_head, adapted
