@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mens_core import report
 from mens_core.corpus.pairs import EVAL_FRACTION, MAX_CHARS, MIN_CHARS, write_pairs
 from mens_core.corpus.sources import EXCLUDED_FOLDERS
-from mens_core.report import say
 
-__all__ = ["HELP", "add_arguments", "run"]
-
-HELP = "make train.jsonl and eval.jsonl from sources"
+__all__ = ["add_arguments", "run"]
 
 _PAIRS_HELP = "pairs of prompt and response from Python and Markdown files"
 _PAIRS_DESCRIPTION = """\
@@ -33,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=_PAIRS_HELP,
         description=_PAIRS_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_pairs_arguments(pairs)
     pairs.set_defaults(run_corpus_verb=_run_pairs)
@@ -100,11 +99,15 @@ def _add_pairs_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not enter folders of this name, repeatable; added to "
         f"{', '.join(EXCLUDED_FOLDERS)}, hidden folders and virtual environments, which are never entered",
     )
+    # The verb has this flag too; here it may stand behind the sub-verb, where one writes it.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the full trace of an error"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that --output already holds")
 
 
 def _run_pairs(arguments: argparse.Namespace) -> int:
-    report = write_pairs(
+    written = write_pairs(
         arguments.sources,
         arguments.output,
         eval_fraction=arguments.eval_fraction,
@@ -114,5 +117,5 @@ def _run_pairs(arguments: argparse.Namespace) -> int:
         exclude=(*EXCLUDED_FOLDERS, *(arguments.exclude or ())),
         overwrite=arguments.overwrite,
     )
-    say(report.text())
+    report.say(written.text())
     return 0

@@ -12,6 +12,7 @@ moved to the margin, so a body set under its signature parses.
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator, Sequence
 
 import attrs
@@ -24,6 +25,9 @@ _IDLE_BODY = "function body that does nothing: pass, ... or raise NotImplemented
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Positioned = ast.expr | ast.arg
+# From Python 3.12 on a field of an f-string may go over several lines, and f"{x=}" shows its blanks; before, its
+# position was that of the whole string.
+_TEXT = (ast.Constant, ast.JoinedStr, *((ast.FormattedValue,) if sys.version_info >= (3, 12) else ()))
 
 
 @attrs.frozen(kw_only=True)
@@ -173,11 +177,12 @@ def _inside_strings(node: _Function, lines: Sequence[bytes]) -> set[int]:
     if not node.col_offset:
         return inside
     for part in ast.walk(node):
-        if not isinstance(part, ast.Constant | ast.JoinedStr) or part.end_lineno in {None, part.lineno}:
+        if not isinstance(part, _TEXT) or part.end_lineno in {None, part.lineno}:
             continue
         piece = lines[part.lineno - 1 : part.end_lineno]
         # Otherwise they are strings set under one another, each of them closed on its line.
-        if any(b'"""' in line or b"'''" in line or line.endswith(b"\\") for line in piece):
+        one_string = any(b'"""' in line or b"'''" in line or line.endswith(b"\\") for line in piece)
+        if one_string or isinstance(part, ast.FormattedValue):
             inside.update(range(part.lineno + 1, part.lineno + len(piece)))
     return inside
 

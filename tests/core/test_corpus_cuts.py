@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import sys
 import sysconfig
 import textwrap
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +84,11 @@ def assert_functions_survive(text: str) -> int:
         if not function.idle:
             assert parsed(f"{function.signature}\n{function.body}") == [original], function.signature
     return len(functions)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="before 3.12 the parser refuses this")
+def test_a_field_of_an_f_string_keeps_the_blanks_that_it_shows() -> None:
+    assert assert_functions_survive("class C:\n    def f(self, x):\n        return f'{\n        x\n    =}'\n") == 1
 
 
 identifiers = st.sampled_from(["a", "value", "λ", "_x1"])
