@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from mens_core.generation import generate
     from mens_core.hookspecs import hookimpl
     from mens_core.planner import Planner
+    from mens_core.plugins import BackendInfo, installed_backends
     from mens_core.random_model import write_random_model
     from mens_core.training.run import RunResult
 
 _HOMES = {
+    "BackendInfo": "plugins",
     "Batch": "exchange",
     "BatchShape": "exchange",
     "ExecutionPlan": "exchange",
@@ -52,10 +54,12 @@ _HOMES = {
     "TrainingState": "exchange",
     "generate": "generation",
     "hookimpl": "hookspecs",
+    "installed_backends": "plugins",
     "write_random_model": "random_model",
 }
 
 __all__ = [
+    "BackendInfo",
     "Batch",
     "BatchShape",
     "ExecutionPlan",
@@ -73,6 +77,7 @@ __all__ = [
     "TrainingState",
     "generate",
     "hookimpl",
+    "installed_backends",
     "write_random_model",
 ]
 

@@ -1,0 +1,53 @@
+"""Products in full precision, gathers that XLA runs well in both directions, and placement by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+__all__ = ["device_named", "dot", "take"]
+
+
+def device_named(name: str) -> jax.Device:
+    """JAX's object for ``cpu`` or ``cuda:N``, as ``device.pick_device`` names it."""
+    platform, _, index = name.partition(":")
+    return jax.devices(platform)[int(index or 0)]
+
+
+def dot(x: Array, y: Array, dtype: Any = None) -> Array:
+    """X y in full precision; the result is of type ``dtype``, or of the arguments' type."""
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def take(values: Array, index: Array, back: Array) -> Array:
+    """values[index], for an ``index`` that meets each entry of ``values`` at most once where it counts.
+
+    The transpose of a gather is a scatter, which XLA runs as a scalar loop on a CPU. Where every entry is met at
+    most once, the transpose is a gather as well, along ``back``.
+
+    Args:
+        values: (n, …).
+        index: (m,) int32, in 0 … n - 1.
+        back: (n,) int32, the place in ``index`` that reads each entry, or -1 where the gradient is zero.
+
+    Returns:
+        (m, …).
+    """
+    del back
+    return values[index]
+
+
+def _take_forward(values: Array, index: Array, back: Array) -> tuple[Array, Array]:
+    return values[index], back
+
+
+def _take_backward(back: Array, gradient: Array) -> tuple[Array, None, None]:
+    met = (back >= 0).reshape(-1, *[1] * (gradient.ndim - 1))
+    return jnp.where(met, gradient[jnp.maximum(back, 0)], jnp.zeros((), gradient.dtype)), None, None
+
+
+take.defvjp(_take_forward, _take_backward)

@@ -1,0 +1,161 @@
+"""Greedy decoding with a key/value cache, as one compiled function.
+
+::
+
+    prompt ─▶ all its tokens at once ─▶ cache, first token ─▶ one token at a time, until a stop token or the length
+
+The cache's length is static: prompt and answer, rounded up, so that like requests share a compilation.
+Shape letters: M places of the cache, T tokens, H query heads, K key/value heads, G = H / K, E head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+
+from mens_core.errors import DataError
+from mens_jax._arrays import dot
+from mens_jax._blocks import scan_blocks
+from mens_jax._packing import rounded_up
+from mens_jax.model import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mens_core.exchange import GenerateSettings
+    from mens_jax.step import Session
+
+__all__ = ["generate"]
+
+
+def generate(session: Session, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
+    """Continue a prompt with the likeliest token, again and again.
+
+    Args:
+        session: from ``open_session``.
+        prompt: at least one token id.
+        settings: length and stop tokens.
+
+    Returns:
+        The new tokens only; a stop token ends them and is included.
+
+    Raises:
+        DataError: if the prompt is empty, or a model with learned positions has too few of them.
+    """
+    if not prompt:
+        raise DataError("the prompt is empty", expected="at least one token")
+    layout, longest = session.plan.layout, len(prompt) + settings.max_new_tokens
+    if layout.family == "gpt2" and longest > layout.max_positions:
+        raise DataError(
+            f"prompt and answer of up to {longest} tokens do not fit the model's {layout.max_positions} positions",
+            fix="a shorter prompt, or fewer new tokens",
+        )
+    width = rounded_up(len(prompt))
+    ids = np.zeros(width, np.int32)
+    ids[: len(prompt)] = prompt
+    tokens, count = _generate(
+        session.graph,
+        (layout.num_layers, max(width, rounded_up(longest)), layout.num_kv_heads, layout.head_dim),
+        session.frozen,
+        session.trained.adapter,
+        ids,
+        np.int32(len(prompt)),
+        np.int32(settings.max_new_tokens),
+        np.asarray(settings.stop_tokens, np.int32),
+    )
+    found: list[int] = np.asarray(tokens)[: int(count)].tolist()
+    return found
+
+
+class _Cache(NamedTuple):
+    """Keys and values of every layer, (layers, M, K, E) each."""
+
+    key: Array
+    value: Array
+
+
+class _Answer(NamedTuple):
+    """The loop's state: the cache, the tokens so far (M,), their number, and whether a stop token was met."""
+
+    cache: _Cache
+    tokens: Array
+    count: Array
+    stopped: Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(
+    graph: nnx.GraphDef[Model],
+    cache_shape: tuple[int, int, int, int],
+    frozen: nnx.State,
+    adapter: nnx.State,
+    prompt: Array,
+    length: Array,
+    most: Array,
+    stops: Array,
+) -> tuple[Array, Array]:
+    model = nnx.merge(graph, adapter, frozen)
+
+    def append(answer: _Answer, cache: _Cache, hidden: Array) -> _Answer:
+        token = dot(hidden, model.head.T, jnp.float32).argmax().astype(jnp.int32)
+        tokens = answer.tokens.at[answer.count].set(token)
+        return _Answer(cache, tokens, answer.count + 1, (stops == token).any())
+
+    def one_more(answer: _Answer) -> _Answer:
+        last = answer.tokens[answer.count - 1][None]
+        hidden, cache = _extend(model, answer.cache, last, length + answer.count - 1)
+        return append(answer, cache, hidden[0])
+
+    empty, zero = jnp.zeros(cache_shape, model.head.dtype), jnp.zeros((), jnp.int32)
+    hidden, cache = _extend(model, _Cache(empty, empty), prompt, zero)
+    start = _Answer(cache, jnp.zeros(cache_shape[1], jnp.int32), zero, stopped=zero > 0)
+    answer = lax.while_loop(
+        lambda answer: (answer.count < most) & ~answer.stopped, one_more, append(start, cache, hidden[length - 1])
+    )
+    return answer.tokens, answer.count
+
+
+def _extend(model: Model, cache: _Cache, input_ids: Array, start: Array) -> tuple[Array, _Cache]:
+    """Run tokens that follow ``start`` earlier ones: their hidden states (T, D) and the longer cache.
+
+    Tokens that only fill up the prompt's shape come last; what they leave in the cache is overwritten before any
+    real token can see it.
+    """
+    positions = start + jnp.arange(len(input_ids), dtype=jnp.int32)
+    hidden, rotary = model.decoder.embed(input_ids, positions)
+
+    def run(block: Callable[..., Array], hidden: Array, layer: _Cache) -> tuple[Array, _Cache]:
+        longer = layer
+
+        def attend(query: Array, key: Array, value: Array, scale: float, window: Array | None) -> Array:
+            nonlocal longer
+            longer = _Cache(
+                lax.dynamic_update_slice_in_dim(layer.key, key, start, 0),
+                lax.dynamic_update_slice_in_dim(layer.value, value, start, 0),
+            )
+            return _attend_cached(query, longer, positions, scale, window)
+
+        return block(hidden, rotary, attend), longer
+
+    hidden, cache = scan_blocks(model.decoder.blocks, hidden, run, cache)
+    return model.decoder.norm_out(hidden), cache
+
+
+def _attend_cached(query: Array, cache: _Cache, positions: Array, scale: float, window: Array | None) -> Array:
+    """(T, H, E) queries against M places; a place is seen up to the query's own position."""
+    tokens, _, width = query.shape
+    places, heads, _ = cache.key.shape
+    query = query.reshape(tokens, heads, -1, width).transpose(1, 2, 0, 3).reshape(heads, -1, width)  # K GT E
+    scores = dot(query, cache.key.transpose(1, 2, 0), jnp.float32) * scale
+    behind = positions[:, None] - jnp.arange(places)
+    seen = (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    scores = jnp.where(seen, scores.reshape(heads, -1, tokens, places), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(heads, -1, places)
+    output = dot(weights, cache.value.transpose(1, 0, 2)).reshape(heads, -1, tokens, width)
+    return output.transpose(2, 0, 1, 3).reshape(tokens, -1, width)

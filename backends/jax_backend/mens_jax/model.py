@@ -1,0 +1,112 @@
+"""The decoder with its adapter: one graph for GPT-2, Llama, Qwen2 and Qwen3, decided by the layout.
+
+::
+
+    input_ids ─▶ embedding ─▶ scan over the stacked blocks ─▶ last norm ─▶ head, on chosen positions
+                                    │
+                     every linear a LoraLinear, attention packed_attention
+
+The state of ``Model`` is named as the checkpoint: ``model.layers.self_attn.q_proj.weight`` holds that weight of
+every layer, the layers in front; ``lora_a`` and ``lora_b`` lie beside it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mens_core.hf.keymap import linear_shapes
+from mens_jax._arrays import dot
+from mens_jax._blocks import Embedding, Gpt2Decoder, LlamaDecoder, Parts, scan_blocks
+from mens_jax._names import stacked_name
+from mens_jax._packing import Rows
+from mens_jax.attention import packed_attention
+from mens_jax.lora import select_targets
+from mens_jax.weights import load_base
+
+if TYPE_CHECKING:
+    from mens_core.exchange import ExecutionPlan
+
+__all__ = ["Model", "hidden_states", "load_model", "logits"]
+
+
+class Model(nnx.Module):
+    """The frozen base with its adapter.
+
+    Args:
+        decoder: the part that ends in hidden states.
+        lm_head: the output projection; None where the embedding is.
+        adapted: module paths that carry an adapter, layer by layer. Where they name only some layers of a stack,
+            the others carry A = B = 0, which no update ever moves.
+    """
+
+    def __init__(
+        self, decoder: Gpt2Decoder | LlamaDecoder, lm_head: Embedding | None, adapted: tuple[str, ...]
+    ) -> None:
+        self.stem = "transformer" if isinstance(decoder, Gpt2Decoder) else "model"
+        setattr(self, self.stem, decoder)
+        self.lm_head, self.adapted = lm_head, adapted
+
+    @property
+    def decoder(self) -> Gpt2Decoder | LlamaDecoder:
+        """The part that ends in hidden states."""
+        return cast("Gpt2Decoder | LlamaDecoder", getattr(self, self.stem))
+
+    @property
+    def head(self) -> Array:
+        """(V, D), the output projection; the embedding where the two are tied."""
+        return (self.lm_head or self.decoder.table).weight.get_value()
+
+
+def load_model(plan: ExecutionPlan) -> Model:
+    """Load the base and put the adapter in.
+
+    Raises:
+        ModelError: if weights are missing, left over, wrongly shaped or not finite.
+        ContractError: if a target names no linear layer.
+    """
+    adapter = plan.contract.adapter
+    adapted = select_targets(tuple(linear_shapes(plan.layout)), adapter.targets)
+    ranks = {stacked_name(path)[0]: adapter.rank for path in adapted}
+    parts = Parts(layout=plan.layout, base=load_base(plan), ranks=ranks, scale=adapter.scale)
+    gpt2 = plan.layout.family == "gpt2"
+    decoder = Gpt2Decoder(parts, "transformer") if gpt2 else LlamaDecoder(parts, "model")
+    return Model(decoder, None if plan.layout.tied else parts.embedding("lm_head"), adapted)
+
+
+def hidden_states(model: Model, input_ids: Array, positions: Array, rows: Rows) -> Array:
+    """Hidden states after the decoder's last norm, what the head reads.
+
+    Args:
+        model: from ``load_model``.
+        input_ids: (T,) int32.
+        positions: (T,) int32, restarting with each row.
+        rows: where each row lies; what lies beyond the rows gives hidden states of no meaning.
+
+    Returns:
+        (T, D) in the base's format.
+    """
+
+    def attend(query: Array, key: Array, value: Array, scale: float, window: Array | None) -> Array:
+        return packed_attention(query, key, value, rows, scale, window)
+
+    hidden, rotary = model.decoder.embed(input_ids, positions)
+    hidden, _ = scan_blocks(
+        model.decoder.blocks, hidden, lambda block, hidden, _: (block(hidden, rotary, attend), None)
+    )
+    return model.decoder.norm_out(hidden)
+
+
+def logits(model: Model, input_ids: Array, positions: Array, rows: Rows, keep: Array) -> Array:
+    """Logits of chosen positions; the other arguments are those of ``hidden_states``.
+
+    Args:
+        keep: (K,) int32, indices into the T positions.
+
+    Returns:
+        (K, V) float32.
+    """
+    return dot(hidden_states(model, input_ids, positions, rows)[keep], model.head.T, jnp.float32)

@@ -1,0 +1,298 @@
+"""A session: forward, loss, backward and update over one accumulation window.
+
+::
+
+    window of batches ──▶ Σ token losses ──▶ backward ──▶ Σ gradients
+                                                             │ · 1 / supervised tokens of the window
+                                                             │ · min(1, max_grad_norm / norm)
+                                                             ▼
+                            A, B ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
+
+The whole window is one compiled function, compiled once for each of at most three sizes (``_packing``). Nothing
+waits for the device: metrics and the decision to skip an update stay there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import attrs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array, lax
+
+from mens_core.errors import DataError, ModelError
+from mens_core.exchange import StepMetrics, TrainingState
+from mens_jax._arrays import device_named, take
+from mens_jax._names import stacked_name
+from mens_jax._packing import Buckets, PackedBatch, fill, stack
+from mens_jax.loss import supervised_loss
+from mens_jax.model import Model, hidden_states, load_model, logits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from mens_core.contract import TrainingSpec
+    from mens_core.exchange import Batch, BatchShape, ExecutionPlan
+
+__all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# Dettmers et al. 2023 and every peer; part of the hooks' contract.
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+class _Trained(NamedTuple):
+    """What a step changes: A and B, stacked, float32; their moments and the number of updates, always in place."""
+
+    adapter: nnx.State
+    adam: optax.ScaleByAdamState
+
+
+@attrs.define(kw_only=True, eq=False)
+class Session:
+    """What ``mens_open`` hands out.
+
+    Attributes:
+        plan: what is being done.
+        graph: the model's structure; the arrays are apart, as JAX's transformations want them.
+        frozen: the base's arrays.
+        trained: adapter and optimizer.
+        adapted: module paths that carry an adapter, layer by layer.
+        buckets: the sizes that batches are filled up to.
+        fresh_since: the step at which the moments were last zero; None once they were restored.
+    """
+
+    plan: ExecutionPlan
+    graph: nnx.GraphDef[Model]
+    frozen: nnx.State
+    trained: _Trained
+    adapted: tuple[str, ...]
+    buckets: Buckets
+    fresh_since: int | None = 0
+
+
+def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
+    """Load the model, attach an adapter that is the identity, make AdamW ready.
+
+    Args:
+        plan: what will be done.
+        shape: the largest batch; it decides the sizes that are compiled.
+
+    Raises:
+        ModelError: if weights are missing, left over, wrongly shaped or not finite.
+        ContractError: if a target names no linear layer.
+    """
+    device = device_named(plan.device)
+    with jax.default_device(device):
+        model = load_model(plan)
+        graph, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
+        trained = _Trained(adapter, optax.scale_by_adam().init(adapter))
+    # Committed to their device, so that whatever meets them is computed there.
+    frozen, trained = jax.device_put((frozen, trained), device)
+    return Session(
+        plan=plan, graph=graph, frozen=frozen, trained=trained, adapted=model.adapted, buckets=Buckets(shape)
+    )
+
+
+def forward(session: Session, batch: Batch) -> NDArray[np.float32]:
+    """Logits of every position, adapter included.
+
+    Returns:
+        (T, V) float32.
+    """
+    packed = fill(batch, session.buckets.fit([batch]))
+    found = _logits(session.graph, session.frozen, session.trained.adapter, packed)
+    return np.array(found[: len(batch.input_ids)])
+
+
+def loss(session: Session, batch: Batch) -> tuple[float, int]:
+    """Cross-entropy of the supervised positions, without a gradient.
+
+    Returns:
+        (sum over the supervised tokens, in nats; their number).
+    """
+    if not batch.supervised_tokens:
+        return 0.0, 0
+    packed = fill(batch, session.buckets.fit([batch]))
+    total = _loss_sum(session.trained.adapter, session.graph, session.frozen, packed)
+    return float(total), batch.supervised_tokens
+
+
+def step(session: Session, window: Sequence[Batch], learning_rate: float) -> StepMetrics:
+    """Forward, loss and backward over one accumulation window, then one AdamW update.
+
+    Args:
+        session: from ``open_session``; its adapter and optimizer change.
+        window: batches with at least one supervised token in all.
+        learning_rate: of this step.
+
+    Returns:
+        Metrics that live on the device.
+
+    Raises:
+        DataError: if no token of the window is supervised.
+    """
+    supervised = sum(batch.supervised_tokens for batch in window)
+    if not supervised:
+        raise DataError("a window has no supervised token", expected="at least one target that is not ignored")
+    batches = [batch for batch in window if batch.supervised_tokens]
+    size = session.buckets.fit(batches)
+    packed = stack([fill(batch, size) for batch in batches], max(session.buckets.batches, len(batches)))
+    session.trained, loss_sum, grad_norm = _step(
+        session.graph,
+        session.plan.contract.training,
+        session.frozen,
+        session.trained,
+        packed,
+        np.int32(len(batches)),
+        np.float32(supervised),
+        np.float32(learning_rate),
+    )
+    return StepMetrics(loss_sum=loss_sum, grad_norm=grad_norm, supervised_tokens=supervised)
+
+
+def state(session: Session) -> TrainingState:
+    """Copy adapter and optimizer out; the copy does not change when training goes on."""
+    adam = session.trained.adam
+    taken = int(adam.count)
+    fresh = session.fresh_since is not None and session.fresh_since == taken
+    moments = dict(zip(_MOMENTS, (adam.mu, adam.nu), strict=True))
+    return TrainingState(
+        adapter=_copied_out(session, session.trained.adapter),
+        optimizer={}
+        if fresh
+        else {
+            f"{name}.{moment}": array
+            for moment, tree in moments.items()
+            for name, array in _copied_out(session, tree).items()
+        },
+        step=taken,
+    )
+
+
+def restore(session: Session, state: TrainingState) -> Session:
+    """Replace adapter and optimizer; an empty ``state.optimizer`` means fresh moments.
+
+    Returns:
+        The same session.
+
+    Raises:
+        ModelError: listing every name that is missing, unknown or of another shape; the session is then unchanged.
+    """
+    wanted = {name: stack.shape[1:] for name, (stack, _) in _places(session, session.trained.adapter).items()}
+    problems = _misfits(wanted, state.adapter)
+    if state.optimizer:
+        moments = {f"{name}.{moment}": shape for name, shape in wanted.items() for moment in _MOMENTS}
+        problems += _misfits(moments, state.optimizer)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ModelError(f"a saved state does not fit this adapter, {count}:\n{listing}", where=f"step {state.step}")
+    adapter = _put_in(session, state.adapter, "")
+    mu, nu = (_put_in(session, state.optimizer, f".{moment}") for moment in _MOMENTS)
+    adam = optax.ScaleByAdamState(count=np.int32(state.step), mu=mu, nu=nu)
+    session.trained = jax.device_put(_Trained(adapter, adam), device_named(session.plan.device))
+    session.fresh_since = None if state.optimizer else state.step
+    return session
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph: nnx.GraphDef[Model], frozen: nnx.State, adapter: nnx.State, batch: PackedBatch) -> Array:
+    model, everything = nnx.merge(graph, adapter, frozen), jnp.arange(len(batch.input_ids))
+    return logits(model, batch.input_ids, batch.positions, batch.rows, everything)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _loss_sum(adapter: nnx.State, graph: nnx.GraphDef[Model], frozen: nnx.State, batch: PackedBatch) -> Array:
+    """Sum of the supervised tokens' cross-entropies, () float32."""
+    model = nnx.merge(graph, adapter, frozen)
+    hidden = hidden_states(model, batch.input_ids, batch.positions, batch.rows)
+    return supervised_loss(take(hidden, batch.keep, batch.back), model.head, batch.targets)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _step(
+    graph: nnx.GraphDef[Model],
+    spec: TrainingSpec,
+    frozen: nnx.State,
+    trained: _Trained,
+    window: PackedBatch,
+    batches: Array,
+    supervised: Array,
+    learning_rate: Array,
+) -> tuple[_Trained, Array, Array]:
+    """The whole step on the device: (trained, loss sum, mean gradient's global norm)."""
+
+    def add(index: Array, sums: tuple[Array, nnx.State]) -> tuple[Array, nnx.State]:
+        batch = jax.tree.map(lambda part: part[index], window)
+        found = jax.value_and_grad(_loss_sum)(trained.adapter, graph, frozen, batch)
+        return jax.tree.map(jnp.add, sums, found)
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained.adapter))
+    loss_sum, gradient = lax.fori_loop(0, batches, add, zeros)
+    norm = optax.tree.norm(gradient) / supervised
+    clip = jnp.minimum(1.0, spec.max_grad_norm / norm)
+    gradient = jax.tree.map(lambda part: part * (clip / supervised), gradient)
+    updated = _adamw(trained, gradient, learning_rate, spec.weight_decay)
+    sound = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
+    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, trained), loss_sum, norm
+
+
+def _adamw(trained: _Trained, gradient: nnx.State, learning_rate: Array, weight_decay: float) -> _Trained:
+    mu = optax.tree.update_moment(gradient, trained.adam.mu, _BETA1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(gradient, trained.adam.nu, _BETA2, 2)
+    count = trained.adam.count + 1
+    # 1 - beta^count, which in float32 would lose five digits to cancellation.
+    correction1, correction2 = (-jnp.expm1(count * jnp.float32(math.log(beta))) for beta in (_BETA1, _BETA2))
+
+    def update(weight: Array, first: Array, second: Array) -> Array:
+        direction = (first / correction1) / (jnp.sqrt(second / correction2) + _EPSILON)
+        return weight - learning_rate * (direction + weight_decay * weight)
+
+    adapter = jax.tree.map(update, trained.adapter, mu, nu)
+    return _Trained(adapter, optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
+
+
+def _places(session: Session, tree: nnx.State) -> dict[str, tuple[Any, int]]:
+    """Shared name → (stack that holds the array, its layer)."""
+    stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(tree)}
+    places = {}
+    for path in session.adapted:
+        stacked, layer = stacked_name(path)
+        for letter in "ab":
+            places[f"{path}.lora_{letter.upper()}.weight"] = (stacks[f"{stacked}.lora_{letter}"], layer)
+    return places
+
+
+def _copied_out(session: Session, tree: nnx.State) -> dict[str, NDArray[np.float32]]:
+    host = jax.tree.map(np.asarray, tree)
+    return {name: np.array(stack[layer]) for name, (stack, layer) in _places(session, host).items()}
+
+
+def _put_in(session: Session, arrays: Mapping[str, NDArray[np.float32]], suffix: str) -> nnx.State:
+    """A tree like the adapter with the given arrays; zero where there are none."""
+    tree: nnx.State = jax.tree.map(lambda part: np.zeros(part.shape, part.dtype), session.trained.adapter)
+    for name, (stack, layer) in _places(session, tree).items():
+        if f"{name}{suffix}" in arrays:
+            stack[layer] = arrays[f"{name}{suffix}"]
+    return tree
+
+
+def _misfits(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, NDArray[np.float32]]) -> list[str]:
+    problems = [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} is unknown" for name in given if name not in wanted]
+    return problems + [
+        f"{name} has shape {tuple(given[name].shape)}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in given and tuple(given[name].shape) != shape
+    ]

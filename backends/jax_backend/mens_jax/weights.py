@@ -1,0 +1,147 @@
+"""The frozen base out of safetensors: one folder, every tensor accounted for, layers stacked.
+
+::
+
+    model.layers.0.mlp.up_proj.weight (F, D) ┐
+    model.layers.1.mlp.up_proj.weight (F, D) ├──▶  model.layers.mlp.up_proj.weight (layers, F, D)
+    …                                        ┘      dense in the plan's format, or NF4 layer by layer
+
+Names and orientation are the checkpoint's own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import numpy as np
+from jax import Array
+
+from mens_core.artifacts.tensors import TensorFolder, open_tensors
+from mens_core.errors import ModelError
+from mens_core.exchange import NF4Spec
+from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
+from mens_jax._arrays import device_named
+from mens_jax._families import obstacle
+from mens_jax._names import stacked_name
+from mens_jax.quant import NF4Weight, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mens_core.exchange import ExecutionPlan
+    from mens_core.hf.layout import Layout
+
+__all__ = ["load_base", "unsupported"]
+
+Base: TypeAlias = "dict[str, Array | NF4Weight]"
+
+# Masks and rotary tables that older versions of transformers saved beside the weights.
+_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HEAD, _EMBEDDINGS = "lm_head.weight", ("transformer.wte.weight", "model.embed_tokens.weight")
+
+
+def unsupported(layout: Layout) -> str | None:
+    """Say why this backend cannot build the model, in one sentence; None if it can. Reads no weight."""
+    return obstacle(layout)
+
+
+def load_base(plan: ExecutionPlan) -> Base:
+    """Read the weights onto the plan's device.
+
+    For method qlora the linears become NF4 from the files' own values, one tensor at a time.
+
+    Args:
+        plan: names the folder, the method, the device and the number format.
+
+    Returns:
+        Stacked name → array in the plan's format, or NF4 weight; see the picture above.
+
+    Raises:
+        ModelError: if the folder cannot be read, or tensors are missing, left over, wrongly shaped or not finite.
+    """
+    if (plan.model_dir / "adapter_config.json").exists():
+        raise ModelError(
+            "the model folder holds an adapter, not a base",
+            where=plan.model_dir / "adapter_config.json",
+            fix="merge the adapter into its base first, or point --model at the base",
+        )
+    reader = _Reader(open_tensors(plan.model_dir), plan)
+    _raise_problems(reader.misfits(), plan)
+    stacks: dict[str, list[str]] = {}
+    for name in tensor_shapes(plan.layout):
+        stacks.setdefault(stacked_name(name)[0], []).append(name)
+    with jax.default_device(device_named(plan.device)):
+        base = {stacked: reader.read(names) for stacked, names in stacks.items()}
+    _raise_problems(reader.problems, plan)
+    return base
+
+
+class _Reader:
+    """Reads tensors under their canonical names and remembers which of them are not finite."""
+
+    def __init__(self, folder: TensorFolder, plan: ExecutionPlan) -> None:
+        self.folder, self.plan, self.dtype = folder, plan, np.dtype(plan.dtype)
+        self.stored = {canonical_name(plan.layout, name): name for name in folder}
+        self.linears = {f"{path}.weight" for path in linear_shapes(plan.layout)}
+        self.problems: list[str] = []
+
+    def misfits(self) -> list[str]:
+        """What the headers alone show to be wrong."""
+        wanted, headers, layout = tensor_shapes(self.plan.layout), self.folder.headers, self.plan.layout
+        found = {name: headers[stored] for name, stored in self.stored.items() if not _BUFFERS.search(name)}
+        if layout.tied and _HEAD in found and self._repeats_embedding():
+            del found[_HEAD]
+        problems = [f"{name} is missing" for name in sorted(set(wanted) - set(found))]
+        problems += [f"{name} is left over" for name in sorted(set(found) - set(wanted))]
+        both = [name for name in wanted if name in found]
+        problems += [
+            f"{name} has shape {found[name].shape}, the config asks for {wanted[name]}"
+            for name in both
+            if found[name].shape != wanted[name]
+        ]
+        return problems + [
+            f"{name} is stored as {found[name].dtype}, not as floating-point numbers"
+            for name in both
+            if found[name].dtype not in _FLOATS
+        ]
+
+    def read(self, names: Sequence[str]) -> Array | NF4Weight:
+        """One tensor, or the tensors of all layers stacked."""
+        stacked, layer = stacked_name(names[0])
+        if self.plan.contract.adapter.method == "qlora" and names[0] in self.linears:
+            weights = [self._quantize(name) for name in names]
+            return jax.tree.map(lambda *parts: jax.numpy.stack(parts), *weights)  # type: ignore[no-any-return]
+        shape = self.folder[self.stored[names[0]]].shape
+        target = np.empty(shape if layer is None else (len(names), *shape), self.dtype)
+        for place, name in enumerate(names):
+            view = target if layer is None else target[place]
+            with np.errstate(over="ignore"):
+                view[...] = self.folder[self.stored[name]]
+            if not np.isfinite(view).all():
+                self.problems.append(f"{name} is not finite")
+        return jax.numpy.asarray(target)
+
+    def _quantize(self, name: str) -> NF4Weight:
+        weight: Any = np.asarray(self.folder[self.stored[name]], np.float32)
+        if not np.isfinite(weight).all():
+            self.problems.append(f"{name} is not finite")
+            weight = np.zeros_like(weight)
+        spec = self.plan.contract.quant
+        weight = weight.T if self.plan.layout.family == "gpt2" else weight
+        return quantize(weight, NF4Spec(block_size=spec.block_size, double_quant=spec.double_quant))
+
+    def _repeats_embedding(self) -> bool:
+        """Whether a head that the config ties to the embedding was saved all the same."""
+        head = self.folder[self.stored[_HEAD]]
+        tables = [self.folder[self.stored[name]] for name in _EMBEDDINGS if name in self.stored]
+        return any(table.shape == head.shape and np.array_equal(table, head) for table in tables)
+
+
+def _raise_problems(problems: Sequence[str], plan: ExecutionPlan) -> None:
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ModelError(f"the weights do not fit config.json, {count}:\n{listing}", where=plan.model_dir)
