@@ -3,8 +3,6 @@
 Every row goes through the model by itself, unpadded, so no packing of anybody's is involved.
 """
 
-import warnings
-
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
@@ -62,10 +60,7 @@ def with_adapter(model, adapter, *, rank, alpha):
         target_modules=modules,
         fan_in_fan_out=model.config.model_type == "gpt2",
     )
-    with warnings.catch_warnings():
-        # PEFT still asks transformers by a deprecated name.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        wrapped = get_peft_model(model, config).eval()
+    wrapped = get_peft_model(model, config).eval()
     parameters = {
         name.removeprefix("base_model.model.").replace(".default", ""): parameter
         for name, parameter in wrapped.named_parameters()

@@ -1,10 +1,11 @@
 """The decoder with its adapter, and the packing of rows into one forward pass.
 
-transformers' own graph runs; three things are replaced::
+transformers' own graph runs; four things are replaced::
 
     linears of the decoder ─▶ LoraLinear              (every targeted one; with qlora all, in NF4)
     attention              ─▶ packed_attention        (by transformers' AttentionInterface, see _packing)
     head and loss          ─▶ loss.supervised_loss    (on the hidden states of supervised positions)
+    GELU in eight steps    ─▶ the same GELU in one    (GPT-2's; one kernel, and one tensor kept for the backward)
 
 Nothing is taken on trust: ``load_model`` runs a few tokens and keeps what it found. A model whose rows do not
 come out of a packed batch as they do alone, by its own attention, runs its rows one at a time (``packed``); a
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor as Array
 from torch import nn
 from torch.nn import functional
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from mens_core.exchange import ExecutionPlan, NF4Spec
@@ -79,6 +81,9 @@ def load_model(plan: ExecutionPlan) -> Model:
     network = load_base(plan)
     adapters = _adapt(network, plan)
     _convert(network, plan)
+    for path, module in list(network.named_modules()):
+        if type(module) is NewGELUActivation:
+            network.set_submodule(path, nn.GELU(approximate="tanh"))
     head = network.get_output_embeddings()
     model = Model(
         network=network,
@@ -121,8 +126,9 @@ def logits(model: Model, input_ids: Array, positions: Array, rows: tuple[int, ..
         (K, V), in the base's format or in float32, as the model gives them.
     """
     if model.linear_head and model.head is not None:
-        return functional.linear(hidden_states(model, input_ids, positions, rows)[keep], model.head)
-    return _run(model, model.network, input_ids, positions, rows)[keep]
+        hidden = hidden_states(model, input_ids, positions, rows)
+        return functional.linear(hidden.index_select(0, keep), model.head)
+    return _run(model, model.network, input_ids, positions, rows).index_select(0, keep)
 
 
 def _run(model: Model, part: Any, input_ids: Array, positions: Array, rows: tuple[int, ...]) -> Array:

@@ -202,8 +202,12 @@ def restore(session: Session, state: TrainingState) -> Session:
 
 def _on_device(session: Session, batch: Batch) -> tuple[Array, Array, tuple[int, ...]]:
     device = session.model.device
-    input_ids, positions = (torch.tensor(part, dtype=torch.int64) for part in (batch.input_ids, batch.positions))
-    return input_ids.to(device), positions.to(device), tuple(batch.row_lengths.tolist())
+    return _sent(batch.input_ids, device), _sent(batch.positions, device), tuple(batch.row_lengths.tolist())
+
+
+def _sent(values: NDArray[Any], device: str) -> Array:
+    """Token ids or positions on their way to the device; nobody waits for their arrival."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _loss_sum(session: Session, batch: Batch) -> Array:
@@ -211,10 +215,10 @@ def _loss_sum(session: Session, batch: Batch) -> Array:
     model = session.model
     input_ids, positions, rows = _on_device(session, batch)
     chosen = np.flatnonzero(batch.targets != IGNORE)
-    keep = torch.from_numpy(chosen).to(model.device)
-    targets = torch.tensor(batch.targets[chosen], dtype=torch.int64).to(model.device)
+    keep, targets = _sent(chosen, model.device), _sent(batch.targets[chosen], model.device)
     if model.linear_head and model.head is not None:
-        return supervised_loss(hidden_states(model, input_ids, positions, rows)[keep], model.head, targets)
+        hidden = hidden_states(model, input_ids, positions, rows).index_select(0, keep)
+        return supervised_loss(hidden, model.head, targets)
     found = logits(model, input_ids, positions, rows, keep)
     return functional.cross_entropy(found.float(), targets, reduction="sum")
 
