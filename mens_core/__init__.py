@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mens_core.contract import FineTuneContract
+    from mens_core.corpus.pairs import write_pairs
     from mens_core.errors import MensError
     from mens_core.exchange import (
         Batch,
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
     from mens_core.generation import generate
     from mens_core.hookspecs import hookimpl
     from mens_core.planner import Planner
+    from mens_core.plugins import BackendInfo, installed_backends
     from mens_core.random_model import write_random_model
     from mens_core.training.run import RunResult
 
 _HOMES = {
+    "BackendInfo": "plugins",
     "Batch": "exchange",
     "BatchShape": "exchange",
     "ExecutionPlan": "exchange",
@@ -52,10 +55,13 @@ _HOMES = {
     "TrainingState": "exchange",
     "generate": "generation",
     "hookimpl": "hookspecs",
+    "installed_backends": "plugins",
+    "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
 }
 
 __all__ = [
+    "BackendInfo",
     "Batch",
     "BatchShape",
     "ExecutionPlan",
@@ -73,6 +79,8 @@ __all__ = [
     "TrainingState",
     "generate",
     "hookimpl",
+    "installed_backends",
+    "write_pairs",
     "write_random_model",
 ]
 

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+from pathlib import Path
+from typing import IO, Any
 
 __all__ = ["replacing"]
 
 
 @contextmanager
-def replacing(*paths: Path) -> Iterator[tuple[TextIO, ...]]:
-    """Open one UTF-8 file per path; all take their places when the block ends well, or none does.
+def replacing(*paths: Path, binary: bool = False) -> Iterator[tuple[IO[Any], ...]]:
+    """Open one file per path, UTF-8 or binary; all take their places when the block ends well, or none does.
 
     They are renamed in the order given, so a file whose presence means "complete" is named last. Newlines are
     written as given. The folders must exist.
 
     Args:
         paths: the files to write or replace.
+        binary: whether bytes are written instead of text.
 
     Yields:
         The open files, in the same order.
@@ -39,7 +38,14 @@ def replacing(*paths: Path) -> Iterator[tuple[TextIO, ...]]:
     try:
         with ExitStack() as stack:
             files = tuple(
-                stack.enter_context(temporary.open("x", encoding="utf-8", newline="\n")) for temporary in temporaries
+                stack.enter_context(
+                    temporary.open(
+                        "xb" if binary else "x",
+                        encoding=None if binary else "utf-8",
+                        newline=None if binary else "\n",
+                    )
+                )
+                for temporary in temporaries
             )
             yield files
             for file in files:

@@ -7,7 +7,7 @@ reported at the call, with the plugin's name and version, and not three modules 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import attrs
 import numpy as np
@@ -32,6 +32,8 @@ from mens_core.exchange import (
 from mens_core.hf.layout import Layout
 
 __all__ = ["Backend"]
+
+_Answer = TypeVar("_Answer")
 
 
 @attrs.frozen(kw_only=True)
@@ -132,7 +134,7 @@ class Backend:
 
     def generate(self, session: Any, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
         """``mens_generate``."""
-        answer = self._call("mens_generate", Sequence, session=session, prompt=prompt, settings=settings)
+        answer = self._call("mens_generate", list, session=session, prompt=prompt, settings=settings)
         tokens = [int(token) for token in answer]
         if len(tokens) > settings.max_new_tokens:
             self._broken(
@@ -151,7 +153,7 @@ class Backend:
         """``mens_event``, to every observer."""
         self.manager.hook.mens_event(event=event)
 
-    def _call(self, hook: str, kind: type[Any], **arguments: Any) -> Any:
+    def _call(self, hook: str, kind: type[_Answer], **arguments: Any) -> _Answer:
         answer = getattr(self.manager.hook, hook)(**arguments)
         if answer is None:
             self._broken(hook, "is not implemented or answered None")
@@ -159,7 +161,7 @@ class Backend:
             self._broken(hook, f"answered a {type(answer).__name__}, expected {kind.__name__}")
         return answer
 
-    def _array(self, hook: str, array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    def _array(self, hook: str, array: Any, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
             found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
             self._broken(hook, f"answered {found}, expected {np.dtype(dtype)} {shape}")

@@ -29,7 +29,7 @@ from mens_core import fields
 from mens_core.errors import ContractError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 __all__ = [
     "METHODS",
@@ -317,7 +317,7 @@ class FineTuneContract:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-_SECTIONS: dict[str, Callable[..., Any]] = {
+_SECTIONS: dict[str, type[Any]] = {
     "model": ModelSpec,
     "data": DataSpec,
     "adapter": AdapterSpec,
@@ -331,7 +331,7 @@ _SECTIONS: dict[str, Callable[..., Any]] = {
 def contract_fields() -> Iterator[tuple[str, attrs.Attribute[Any]]]:
     """Yield (section, field) for every field of the contract, in order."""
     for section, spec in _SECTIONS.items():
-        for field in attrs.fields(spec):  # type: ignore[arg-type]
+        for field in attrs.fields(spec):
             yield section, field
 
 

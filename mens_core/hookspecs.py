@@ -103,7 +103,8 @@ def mens_quantize(weight: NDArray[np.float32], spec: NF4Spec) -> QuantizedWeight
 def mens_dequantize(quantized: QuantizedWeight) -> NDArray[np.float32] | None:
     """Bring an NF4 weight back: codebook value times the block's absmax.
 
-    Called by parity and merging; needs no session.
+    Called by parity and merging; needs no session. The values are those of
+    ``bitsandbytes.functional.dequantize_4bit`` in float32.
 
     Returns:
         (out, in) float32.
@@ -204,7 +205,7 @@ def mens_restore(session: Any, state: TrainingState) -> Any:
 
 
 @hookspec(firstresult=True)
-def mens_generate(session: Any, prompt: Sequence[int], settings: GenerateSettings) -> Sequence[int] | None:
+def mens_generate(session: Any, prompt: Sequence[int], settings: GenerateSettings) -> list[int] | None:
     """Continue a prompt greedily.
 
     Called by generation.

@@ -105,10 +105,8 @@ class TrainingView:
             self._progress.start()
 
     def _step(self, payload: Mapping[str, Any]) -> None:
-        figures = (
-            f"loss {payload['loss']:.4f}  {payload['tokens_per_sec']:,.0f} tokens/s  "
-            f"memory {_gigabytes(payload['peak_memory_bytes'])}"
-        )
+        memory = _gigabytes(payload["peak_memory_bytes"])
+        figures = f"loss {payload['loss']:.4f}  {payload['tokens_per_sec']:,.0f} tokens/s  {memory}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=payload["step"], figures=figures)
             return
@@ -126,23 +124,15 @@ class TrainingView:
 
 def _bar() -> Progress:
     # heavy: a third of a second that only a run on a terminal needs
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
+    # Fits 80 columns.
     return Progress(
-        TextColumn("training"),
-        BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=14),
         TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
     )
 
 

@@ -41,8 +41,11 @@ no download. It is a base for learning how fine-tuning behaves, not a model to a
   {wrapped_percent:.0f} % of all tokens lie in dialogues. One file in twenty, chosen by the hash of its
   content, is held out together with its docstrings.
 - Run: seed {seed}, {step} steps of {step_tokens:,} tokens ({tokens:,} tokens, {epochs:.2f} passes).
-- Optimizer: AdamW, betas {betas}, decay {decay:g} on matrices; linear warmup over {warmup} steps to {peak:g},
-  cosine to {final:g}; gradient norm clipped at {clip:g}; bfloat16 autocast, float32 master weights.
+- Windows of {stages} tokens, in that order, short ones at random positions.
+  Position embeddings are fixed sinusoids.
+- Optimizers: Muon at {muon:g} (decay {decay:g}) for the matrices of the layers, AdamW at {adam:g} (betas
+  {betas}) for the rest; linear warmup over {warmup} steps, cosine to {final:.0%} of the peak; gradient norm
+  clipped at {clip:g}; bfloat16 autocast, float32 master weights.
 - {versions}; one CPU thread, {minutes:.0f} minutes.
 
 Losses are means over tokens; all but a fraction of a per cent of the tokens are bytes. Before the last row
@@ -70,7 +73,7 @@ def card(recipe: Recipe, streams: Streams, curve: list[tuple[int, float, float]]
         versions: the interpreter and the libraries.
     """
     step, train_loss, held_out_loss = curve[-1]
-    step_tokens = recipe.window_tokens * recipe.micro_rows * recipe.micro_batches
+    step_tokens = recipe.micro_batch_tokens * recipe.micro_batches
     size = f"{recipe.layers} layers, width {recipe.width}, {recipe.heads} heads"
     unfinished = f"unfinished: a snapshot at step {step} of {recipe.steps}"
     return _TEXT.format(
@@ -91,8 +94,10 @@ def card(recipe: Recipe, streams: Streams, curve: list[tuple[int, float, float]]
         betas=" and ".join(f"{beta:g}" for beta in recipe.betas),
         decay=recipe.weight_decay,
         warmup=recipe.warmup_steps,
-        peak=recipe.peak_learning_rate,
-        final=recipe.final_learning_rate,
+        final=recipe.final_share,
+        muon=recipe.muon_learning_rate,
+        adam=recipe.adam_learning_rate,
+        stages=", ".join(f"{tokens} ({share:.0%})" for share, tokens in recipe.stages),
         clip=recipe.clip_norm,
         versions=versions,
         minutes=seconds / 60,

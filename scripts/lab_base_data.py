@@ -15,14 +15,11 @@ import hashlib
 import random
 import sysconfig
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mens_core.text.lab import END_OF_TEXT_ID, TURN_END_ID, TURN_START_ID, encode_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["ASKED_SHARE", "HELD_OUT_SHARE", "WRAPPED_SHARE", "Document", "Streams", "build_streams"]
 

@@ -39,46 +39,59 @@ class Recipe:
     heads: int = 4
     #: 259 ids rounded up to a multiple of 8; the rest is never seen and never predicted.
     vocabulary: int = 264
+    embedding_std: float = 0.06
     window_tokens: int = 1024
-    #: One window at a time keeps the activations in the cache of one core.
-    micro_rows: int = 4
+    #: (share of the steps, tokens per window): attention is learnt sooner, and cheaper, on short windows.
+    stages: tuple[tuple[float, int], ...] = ((0.3, 256), (0.4, 512), (0.3, 1024))
+    micro_batch_tokens: int = 4096
     micro_batches: int = 2
-    steps: int = 2700
-    warmup_steps: int = 150
-    peak_learning_rate: float = 2e-3
-    final_learning_rate: float = 1e-4
+    steps: int = 2200
+    warmup_steps: int = 100
+    #: Muon moves the matrices inside the layers, AdamW the embedding and the vectors.
+    muon_learning_rate: float = 0.02
+    adam_learning_rate: float = 3e-3
+    #: Share of the peak rate that is left at the last step.
+    final_share: float = 0.02
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
-    evaluate_every_steps: int = 150
+    evaluate_every_steps: int = 200
     evaluate_windows: int = 64
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warmup to the peak, then a cosine down to the final rate at the last step."""
+    def rate_share(self, step: int) -> float:
+        """Share of the peak learning rate: linear warmup, then a cosine down to the final share."""
         if step < self.warmup_steps:
-            return self.peak_learning_rate * (step + 1) / self.warmup_steps
+            return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
-        span = self.peak_learning_rate - self.final_learning_rate
-        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def stage_tokens(self, step: int) -> int:
+        """Tokens per window at a step."""
+        reached = 0.0
+        for share, tokens in self.stages:
+            reached += share
+            if step < reached * self.steps:
+                return tokens
+        return self.stages[-1][1]
 
 
 class Windows:
     """Endless training windows: each pass cuts the stream at a new offset and shuffles the pieces."""
 
-    def __init__(self, stream: torch.Tensor, recipe: Recipe) -> None:
-        self._stream, self._length = stream, recipe.window_tokens + 1
-        self._random = random.Random(recipe.seed)  # noqa: S311 (an order, not a secret)
+    def __init__(self, stream: torch.Tensor, tokens: int, seed: int) -> None:
+        self._stream, self._tokens = stream, tokens
+        self._random = random.Random(seed + tokens)  # noqa: S311 (an order, not a secret)
         self._starts: list[int] = []
 
     def take(self, rows: int) -> torch.Tensor:
-        """The next ``rows`` windows, int64 of shape (rows, window_tokens + 1)."""
+        """The next ``rows`` windows with the token that follows each, int64 of shape (rows, tokens + 1)."""
         if len(self._starts) < rows:
-            offset = self._random.randrange(self._length)
-            starts = list(range(offset, len(self._stream) - self._length, self._length - 1))
-            self._random.shuffle(starts)
-            self._starts = starts
+            self._starts = list(
+                range(self._random.randrange(self._tokens), len(self._stream) - self._tokens, self._tokens)
+            )
+            self._random.shuffle(self._starts)
         chosen = [self._starts.pop() for _ in range(rows)]
-        return torch.stack([self._stream[start : start + self._length] for start in chosen])
+        return torch.stack([self._stream[start : start + self._tokens + 1] for start in chosen])
 
 
 def build_model(recipe: Recipe) -> GPT2LMHeadModel:
@@ -96,15 +109,39 @@ def build_model(recipe: Recipe) -> GPT2LMHeadModel:
         activation_function="gelu_pytorch_tanh",
         bos_token_id=END_OF_TEXT_ID,
         eos_token_id=END_OF_TEXT_ID,
-        pad_token_id=END_OF_TEXT_ID,
     )
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    initialise(model, recipe)
+    return model
 
 
-def loss_of(model: GPT2LMHeadModel, rows: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats over the predicted tokens of ``rows``, shape (rows, window_tokens + 1)."""
+@torch.no_grad()
+def initialise(model: GPT2LMHeadModel, recipe: Recipe) -> None:
+    """Blocks start as the identity; positions are fixed sinusoids (Vaswani et al. 2017, section 3.5).
+
+    GPT-2's own start left the loss at that of a bigram table for over 600 steps: a thousand learnt positions,
+    each rarely seen, drown in the noise of their updates before attention can use them.
+    """
+    for name, weight in model.named_parameters():
+        if name.endswith(("c_attn.weight", "c_fc.weight")):
+            weight.normal_(std=recipe.width**-0.5)
+        elif name.endswith("c_proj.weight"):
+            weight.zero_()
+    positions = model.transformer.wpe.weight
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(0, recipe.width, 2) / recipe.width)
+    angles = torch.arange(recipe.window_tokens)[:, None] * frequencies
+    positions[:, 0::2], positions[:, 1::2] = angles.sin(), angles.cos()
+    # As strong as the tokens.
+    positions.mul_(recipe.embedding_std * math.sqrt(2))
+    positions.requires_grad_(requires_grad=False)
+    model.transformer.wte.weight.normal_(std=recipe.embedding_std)
+
+
+def loss_of(model: GPT2LMHeadModel, rows: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+    """Mean cross-entropy in nats over the predicted tokens of ``rows``, shape (rows, tokens + 1)."""
+    positions = torch.arange(first_position, first_position + rows.shape[1] - 1)[None]
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        logits = model(input_ids=rows[:, :-1], position_ids=positions, use_cache=False).logits
     return functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
@@ -119,15 +156,16 @@ def evaluate(model: GPT2LMHeadModel, stream: torch.Tensor, recipe: Recipe, num_w
     return sum(losses) / len(losses)
 
 
-def build_optimizer(model: GPT2LMHeadModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.peak_learning_rate, betas=recipe.betas, fused=True)
+def build_optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the rest; each group remembers its peak rate."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    matrices = [weight for name, weight in trained if ".h." in name and weight.ndim == 2]
+    rest = [weight for name, weight in trained if not (".h." in name and weight.ndim == 2)]
+    muon = torch.optim.Muon(matrices, lr=recipe.muon_learning_rate, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(rest, lr=recipe.adam_learning_rate, betas=recipe.betas, weight_decay=0.0)
+    for group in [*muon.param_groups, *adam.param_groups]:
+        group["peak"] = group["lr"]
+    return [muon, adam]
 
 
 def save(model: GPT2LMHeadModel, directory: Path, recipe: Recipe, text: str) -> None:
@@ -155,37 +193,57 @@ def save(model: GPT2LMHeadModel, directory: Path, recipe: Recipe, text: str) -> 
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def train(recipe: Recipe, streams: Streams, output: Path, snapshots: Path | None) -> None:
-    """Run the recipe, printing one line per evaluation, and leave the finished folder at ``output``."""
-    stream, held_out = (torch.tensor(part, dtype=torch.long) for part in (streams.train, streams.held_out))
-    model, windows, began = build_model(recipe), Windows(stream, recipe), time.monotonic()
-    optimizer = build_optimizer(model, recipe)
-    running, curve = float("nan"), list[tuple[int, float, float]]()
-    for step in range(recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(step)
+class Trainer:
+    """One run of the recipe."""
+
+    def __init__(self, recipe: Recipe, streams: Streams) -> None:
+        self.recipe, self.streams = recipe, streams
+        train, self._held_out = (torch.tensor(part, dtype=torch.long) for part in (streams.train, streams.held_out))
+        self._windows = {tokens: Windows(train, tokens, recipe.seed) for _, tokens in recipe.stages}
+        self._offsets = random.Random(recipe.seed)  # noqa: S311 (positions, not a secret)
+        self.model = build_model(recipe)
+        self._optimizers = build_optimizers(self.model, recipe)
+        self._running = float("nan")
+        self._curve: list[tuple[int, float, float]] = []
+
+    def run(self, output: Path, snapshots: Path | None) -> None:
+        """Train, printing one line per evaluation, and leave the finished folder at ``output``."""
+        began = time.monotonic()
+        for done in range(1, self.recipe.steps + 1):
+            loss = self._step(done - 1)
+            self._running = loss if math.isnan(self._running) else 0.98 * self._running + 0.02 * loss
+            last = done == self.recipe.steps
+            if last or done == 50 or done % self.recipe.evaluate_every_steps == 0:
+                text = self._report(done, time.monotonic() - began, last=last)
+                if last:
+                    save(self.model, output, self.recipe, text)
+                elif snapshots is not None:
+                    save(self.model, snapshots / f"step-{done:05d}", self.recipe, text)
+
+    def _step(self, step: int) -> float:
+        recipe, tokens = self.recipe, self.recipe.stage_tokens(step)
         total = 0.0
         for _ in range(recipe.micro_batches):
-            loss = loss_of(model, windows.take(recipe.micro_rows)) / recipe.micro_batches
+            rows = self._windows[tokens].take(recipe.micro_batch_tokens // tokens)
+            first = self._offsets.randint(0, recipe.window_tokens - tokens)
+            loss = loss_of(self.model, rows, first) / recipe.micro_batches
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        running = total if math.isnan(running) else 0.98 * running + 0.02 * total
-        done = step + 1
-        if done in (25, 75) or done % recipe.evaluate_every_steps == 0 or done == recipe.steps:
-            last = done == recipe.steps
-            held = evaluate(model, held_out, recipe, None if last else recipe.evaluate_windows)
-            curve.append((done, running, held))
-            seconds = time.monotonic() - began
-            losses = f"train {running:.4f}  held-out {held:.4f} nats/byte"
-            print(f"step {done}/{recipe.steps}  {losses}  {seconds:.0f} s", flush=True)
-            text = card(recipe, streams, curve, seconds, versions())
-            if last:
-                save(model, output, recipe, text)
-            elif snapshots is not None:
-                save(model, snapshots / f"step-{done:05d}", recipe, text)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * recipe.rate_share(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return total
+
+    def _report(self, done: int, seconds: float, *, last: bool) -> str:
+        sample = None if last else self.recipe.evaluate_windows
+        held_out = evaluate(self.model, self._held_out, self.recipe, sample)
+        self._curve.append((done, self._running, held_out))
+        losses = f"train {self._running:.4f}  held-out {held_out:.4f} nats/byte"
+        print(f"step {done}/{self.recipe.steps}  {losses}  {seconds:.0f} s", flush=True)
+        return card(self.recipe, self.streams, self._curve, seconds, versions())
 
 
 def versions() -> str:
@@ -203,7 +261,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     recipe = Recipe()
-    train(recipe, build_streams(recipe.seed), arguments.output, arguments.snapshots)
+    Trainer(recipe, build_streams(recipe.seed)).run(arguments.output, arguments.snapshots)
 
 
 if __name__ == "__main__":

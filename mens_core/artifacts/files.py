@@ -1,12 +1,13 @@
-"""Whole files or none: write aside, flush to disk, rename."""
+"""Text, JSON and hashes of whole files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from mens_core.atomic import replacing
 
 __all__ = ["sha256_file", "write_json", "write_text"]
 
@@ -17,20 +18,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: as the file system reports it; the old file is then untouched.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path) as (file,):
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.header import CODES, DTYPES, TensorInfo, make_header, read_header
+from mens_core.atomic import replacing
 from mens_core.errors import ModelError
 
 if TYPE_CHECKING:
@@ -149,26 +149,14 @@ def stream_tensors(
     # Wide types first, as the reference implementation does: every tensor then starts at a multiple of its width.
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
     header = make_header({name: specs[name] for name in order}, metadata)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(header)
-            for name in order:
-                tensor = np.asarray(read(name), order="C")
-                if (CODES.get(tensor.dtype), tensor.shape) != (specs[name][0], tuple(specs[name][1])):
-                    found, announced = f"{tensor.dtype} {tensor.shape}", specs[name]
-                    raise ModelError(f"tensor {name} is {found}, not {announced} as announced", where=path)
-                file.write(tensor.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path, binary=True) as (file,):
+        file.write(header)
+        for name in order:
+            tensor = np.asarray(read(name), order="C")
+            if (CODES.get(tensor.dtype), tensor.shape) != (specs[name][0], tuple(specs[name][1])):
+                found, announced = f"{tensor.dtype} {tensor.shape}", specs[name]
+                raise ModelError(f"tensor {name} is {found}, not {announced} as announced", where=path)
+            file.write(tensor.reshape(-1).view(np.uint8).data)
 
 
 def _open_shards(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parse(words)
-    signal.signal(signal.SIGTERM, _interrupt)
+    former = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report.complain(f"error: {error}")
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:

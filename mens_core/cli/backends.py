@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+import mens_core
 from mens_core import report
-from mens_core.plugins import installed_backends
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,7 +23,7 @@ def run(_arguments: argparse.Namespace) -> int:
             f"{info.distribution} {info.version}",
             f"missing {', '.join(info.missing)}: {info.install}" if info.missing else "ready",
         )
-        for info in installed_backends()
+        for info in mens_core.installed_backends()
     ]
     report.say(report.table(("backend", "distribution", "state"), rows))
     return 0

@@ -61,29 +61,25 @@ def _add_flag(group: Any, field: attrs.Attribute[Any]) -> None:
 
 def _metavar(field: attrs.Attribute[Any]) -> str:
     if "choices" in field.metadata:
-        return "|".join(field.metadata["choices"])
-    kinds = {int: "N", float: "X"}
-    parse = field.metadata["parse"]
-    return str(
-        field.metadata.get("metavar") or kinds.get(parse) or ("DIR" if field.metadata.get("required") else "TEXT")
-    )
+        return str("|".join(field.metadata["choices"]))
+    metavar: str | None = field.metadata.get("metavar")
+    default = "DIR" if field.metadata.get("required") else "TEXT"
+    return metavar or {int: "N", float: "X"}.get(field.metadata["parse"], default)
 
 
 def _help(field: attrs.Attribute[Any]) -> str:
-    default = field.default
-    notes = [field.metadata["unit"]] if "unit" in field.metadata else []
+    notes = [str(field.metadata["unit"])] if "unit" in field.metadata else []
     if field.metadata.get("required"):
         notes.append("required")
-    elif default is not None and not isinstance(default, bool):
-        shown = (
-            ",".join(default)
-            if isinstance(default, tuple)
-            else f"{default:g}"
-            if isinstance(default, float)
-            else default
-        )
-        notes.append(f"default {shown}")
-    text = field.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    elif field.default is not None and not isinstance(field.default, bool):
+        notes.append(f"default {_shown(field.default)}")
+    text = str(field.metadata["help"]) + (f" ({'; '.join(notes)})" if notes else "")
     evidence = field.metadata.get("evidence")
     # argparse expands %; the texts hold it literally.
     return (text + (f" [{evidence}]" if evidence else "")).replace("%", "%%")
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, tuple):
+        return ",".join(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quiet:
         mens_core.Planner().run(contract)
         return 0
+    report.say(f"planning {contract.adapter.method} from {contract.data.data_dir} to {contract.output.output_dir}")
     with report.TrainingView() as view:
         result = mens_core.Planner().run(contract, observers=[view.observe])
     report.say(report.run_summary(result.output_dir, result.manifest))

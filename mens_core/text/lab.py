@@ -13,16 +13,15 @@ the ``tokenizers`` library and transformers open the written folder with their o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mens_core.atomic import replacing
 from mens_core.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
     from tokenizers import Tokenizer
 
 __all__ = [

@@ -69,19 +69,21 @@ def train(
     """
     total = total_steps(len(rows), spec)
     warmup = warmup_for(total, spec.warmup_steps)
-    progress, pending, begun = Progress(), None, time.perf_counter()
+    progress, pending = Progress(), None
     for step, (epoch, window) in enumerate(_windows(rows, spec)):
         if step == total:
             break
         rate = learning_rate(
             step, schedule=spec.schedule, peak=spec.learning_rate, warmup_steps=warmup, total_steps=total
         )
+        started = time.perf_counter()
         metrics = backend.step(session, window, rate)
         if pending is not None:
-            _record(progress, telemetry, begun, *pending)
-        pending = ({"epoch": epoch, "step": step + 1, "total_steps": total, "lr": rate}, window, metrics)
+            _record(progress, telemetry, pending, ended=started)
+        place = {"epoch": epoch, "step": step + 1, "total_steps": total, "lr": rate}
+        pending = _Pending(place=place, window=window, metrics=metrics, started=started)
     if pending is not None:
-        _record(progress, telemetry, begun, *pending)
+        _record(progress, telemetry, pending, ended=None)
     return progress
 
 
@@ -99,34 +101,39 @@ def _windows(rows: Sequence[TokenRow], spec: TrainingSpec) -> Iterator[tuple[int
             yield epoch, window
 
 
-def _record(
-    progress: Progress,
-    telemetry: Telemetry,
-    begun: float,
-    place: dict[str, Any],
-    window: Sequence[Batch],
-    metrics: StepMetrics,
-) -> None:
-    loss = float(metrics.loss_sum) / metrics.supervised_tokens
-    grad_norm = float(metrics.grad_norm)
-    check_finite(place["step"], loss, grad_norm)
-    seconds = time.perf_counter() - begun
-    tokens = sum(len(batch.input_ids) for batch in window)
+@attrs.frozen(kw_only=True)
+class _Pending:
+    """A step that has been handed to the device and not been read yet."""
+
+    place: dict[str, Any]
+    window: Sequence[Batch]
+    metrics: StepMetrics
+    started: float
+
+
+def _record(progress: Progress, telemetry: Telemetry, step: _Pending, *, ended: float | None) -> None:
+    """Read a step's metrics; it lasted until the next one began, or, being the last, until it was read."""
+    loss = float(step.metrics.loss_sum) / step.metrics.supervised_tokens
+    grad_norm = float(step.metrics.grad_norm)
+    check_finite(step.place["step"], loss, grad_norm)
+    seconds = (time.perf_counter() if ended is None else ended) - step.started
+    tokens = sum(len(batch.input_ids) for batch in step.window)
+    progress.losses.append(loss)
+    progress.seconds += seconds
+    progress.tokens += tokens
+    progress.supervised_tokens += step.metrics.supervised_tokens
     telemetry.emit(
         "step",
         {
-            **place,
+            **step.place,
             "loss": loss,
             "grad_norm": grad_norm,
             "tokens": tokens,
-            "supervised_tokens": metrics.supervised_tokens,
-            "supervised_ratio": metrics.supervised_tokens / tokens,
-            "step_seconds": seconds - progress.seconds,
-            "tokens_per_sec": tokens / (seconds - progress.seconds),
+            "supervised_tokens": step.metrics.supervised_tokens,
+            "supervised_ratio": step.metrics.supervised_tokens / tokens,
+            "step_seconds": seconds,
+            "tokens_per_sec": tokens / seconds,
+            "eta_seconds": progress.seconds / len(progress.losses) * (step.place["total_steps"] - step.place["step"]),
             "peak_memory_bytes": peak_memory_bytes(),
         },
     )
-    progress.losses.append(loss)
-    progress.seconds = seconds
-    progress.tokens += tokens
-    progress.supervised_tokens += metrics.supervised_tokens

@@ -125,7 +125,7 @@ def _train(
     if held_out is not None:
         results["eval_loss_after"] = evaluate(backend, session, held_out.rows, spec.batch_size)
         results["eval_counters"] = held_out.counters()
-        telemetry.emit("evaluation", {"step": progress.optimizer_steps, "eval_loss": results["eval_loss_after"]})
+        telemetry.emit("evaluation", {"step": len(progress.losses), "eval_loss": results["eval_loss_after"]})
     end = backend.state(session)
     check_changed(start, end)
     write_adapter(folder.path, end.adapter, plan)

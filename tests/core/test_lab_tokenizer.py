@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,9 +12,6 @@ from tokenizers import Tokenizer
 
 from mens_core.errors import DataError
 from mens_core.text import lab
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # Surrogates are no text: they have no UTF-8 form.
 texts = st.text(st.characters(exclude_categories=["Cs"]))

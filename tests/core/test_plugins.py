@@ -25,6 +25,11 @@ from mens_core.plugins import installed_backends, load_backend
 
 HOOK = "from mens_core import hookimpl\n@hookimpl\n"
 
+LIAR = f"""from mens_core import KernelOffer
+{HOOK}def mens_plan(contract):
+    return KernelOffer(kernel='torch_lora', feasible=False, reason='no')
+"""
+
 # distribution → (entry point name, module source, requirement)
 DISTRIBUTIONS = {
     "mens-typo": ("typo", f"{HOOK}def mens_plna(contract, layout, machine): ...\n", None),
@@ -37,8 +42,7 @@ DISTRIBUTIONS = {
     "mens-silent": ("silent", f"{HOOK}def mens_event(event): ...\n", None),
     "mens-liar": (
         "liar",
-        f"from mens_core import KernelOffer\n{HOOK}def mens_plan(contract):\n"
-        + "    return KernelOffer(kernel='torch_lora', feasible=False, reason='no')\n",
+        LIAR,
         None,
     ),
 }

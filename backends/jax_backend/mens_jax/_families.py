@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jax import Array
-    from mens_core.hf.layout import Layout
     from numpy.typing import NDArray
+
+    from mens_core.hf.layout import Layout
 
 __all__ = ["ACTIVATIONS", "activation", "attention_scales", "inverse_frequencies", "obstacle", "windows"]
 

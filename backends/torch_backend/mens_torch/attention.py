@@ -34,29 +34,33 @@ def packed_attention(
     Returns:
         (T, H, E), contiguous.
     """
-    grouped = query.shape[1] != key.shape[1]
     if len(set(rows)) == 1:
         # Rows of one length are one call over a batch.
-        parts = [[part.reshape(len(rows), rows[0], *part.shape[1:]) for part in (query, key, value)]]
+        parts = [tuple(part.reshape(len(rows), rows[0], *part.shape[1:]) for part in (query, key, value))]
     else:
-        splits = (part.split(list(rows)) for part in (query, key, value))
-        parts = [[part[None] for part in row] for row in zip(*splits, strict=True)]
-    outputs = [
-        functional.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in row),
-            attn_mask=_band(row[0], window),
-            is_causal=window is None or row[0].shape[1] <= window,
-            scale=scale,
-            enable_gqa=grouped,
-        )
-        for row in parts
-    ]
+        splits = [torch.split(part[None], list(rows), dim=1) for part in (query, key, value)]
+        parts = list(zip(*splits, strict=True))
+    outputs = [_causal(*(part.transpose(1, 2) for part in row), scale=scale, window=window) for row in parts]
     return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
+
+
+def _causal(query: Array, key: Array, value: Array, *, scale: float, window: int | None) -> Array:
+    """(N, H, L, E) of N rows that have the same length L."""
+    band = _band(query, window)
+    return functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=band,
+        is_causal=band is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _band(query: Array, window: int | None) -> Array | None:
     """(L, L) bool, True where a query sees a key; None where the window holds the whole row."""
-    length = query.shape[1]
+    length = query.shape[2]
     if window is None or length <= window:
         return None
     ones = torch.ones(length, length, dtype=torch.bool, device=query.device)

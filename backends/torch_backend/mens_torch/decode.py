@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig
 
 from mens_core.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mens_core.exchange import GenerateSettings
-    from mens_torch.step import Session
+from mens_core.exchange import GenerateSettings
+from mens_torch.step import Session
 
 __all__ = ["generate"]
 

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from mens_core.contract import FineTuneContract
 from mens_core.errors import ContractError
-from mens_core.exchange import KernelOffer
+from mens_core.exchange import (
+    Batch,
+    BatchShape,
+    ExecutionPlan,
+    GenerateSettings,
+    KernelOffer,
+    NF4Spec,
+    QuantizedWeight,
+    StepMetrics,
+    TrainingState,
+)
+from mens_core.hf.layout import Layout
 from mens_core.hookspecs import hookimpl
 from mens_torch import decode, lora, quant, step
 from mens_torch.device import pick_device, pick_dtype
 from mens_torch.weights import unsupported
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from mens_core.contract import FineTuneContract
-    from mens_core.exchange import (
-        Batch,
-        BatchShape,
-        ExecutionPlan,
-        GenerateSettings,
-        NF4Spec,
-        QuantizedWeight,
-        StepMetrics,
-        TrainingState,
-    )
-    from mens_core.hf.layout import Layout
 
 __all__ = [
     "mens_dequantize",
@@ -110,7 +105,7 @@ def mens_restore(session: step.Session, state: TrainingState) -> step.Session:
 
 
 @hookimpl
-def mens_generate(session: step.Session, prompt: Sequence[int], settings: GenerateSettings) -> Sequence[int]:
+def mens_generate(session: step.Session, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
     """See ``mens_core.hookspecs.mens_generate``."""
     return decode.generate(session, prompt, settings)
 

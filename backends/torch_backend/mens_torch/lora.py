@@ -17,7 +17,8 @@ Only x and x Aᵀ are kept for the backward pass; an NF4 weight is brought back 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor as Array
@@ -26,9 +27,6 @@ from torch.nn import functional
 
 from mens_core.errors import ContractError, ModelError
 from mens_torch.quant import NF4Weight, dequantize
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["LoraLinear", "merge", "select_targets"]
 
@@ -58,8 +56,10 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Array) -> Array:
         """Map (..., in) to (..., out)."""
-        y: Array = _LoraProduct.apply(x, self.frozen, self.bias, self.lora_a, self.lora_b, self.scale)
-        return y
+        product: Array = _LoraProduct.apply(  # type: ignore[no-untyped-call]
+            x, self.frozen, self.bias, self.lora_a, self.lora_b, self.scale
+        )
+        return product
 
 
 def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
@@ -100,8 +100,11 @@ def select_targets(paths: Sequence[str], targets: tuple[str, ...]) -> tuple[str,
         The chosen paths, in the order of ``paths``.
 
     Raises:
+        ModelError: if there is no linear layer at all.
         ContractError: if a name matches no path.
     """
+    if not paths:
+        raise ModelError("the decoder has no linear layer that could be adapted")
     if targets == ("all-linear",):
         return tuple(paths)
     known = sorted({path.rpartition(".")[2] for path in paths})

@@ -17,6 +17,9 @@ from torch import Tensor as Array
 
 __all__ = ["supervised_loss"]
 
+# Rows of logits that go through the softmax together on a CPU: the passes over them then stay in its cache.
+_ROWS_IN_CACHE = 16
+
 
 def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256) -> Array:
     """Sum of the cross-entropies, in nats.
@@ -30,7 +33,7 @@ def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256
     Returns:
         () float32; log-sum-exp and the sum are taken in float32.
     """
-    total: Array = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk)
+    total: Array = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -39,19 +42,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # One buffer for all chunks: a fresh one would cost more than what is written into it.
+        buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             chosen = targets[start : start + chunk, None]
-            scores = hidden[start : start + chunk] @ head.t()
-            logits = scores.float()
-            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (norm - logits.gather(1, chosen)).sum()
+            scores = torch.mm(hidden[start : start + chunk], head.t(), out=buffer[: len(chosen)])
+            rows = _ROWS_IN_CACHE if scores.device.type == "cpu" else chunk
+            for z, y in zip(torch.split(scores, rows), torch.split(chosen, rows), strict=True):
+                total += _turn_into_slopes(z, y)
             if gradient is not None:
-                slopes = scores.copy_(logits.sub_(norm).exp_())
-                slopes.scatter_add_(1, chosen, slopes.new_full(chosen.shape, -1.0))
-                torch.mm(slopes, head, out=gradient[start : start + chunk])
+                torch.mm(scores, head, out=gradient[start : start + chunk])
         ctx.gradient = gradient
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, None]:
         return grads[0].to(ctx.gradient.dtype) * ctx.gradient, None, None, None
+
+
+def _turn_into_slopes(scores: Array, chosen: Array) -> Array:
+    """Overwrite logits (n, V) with softmax - onehot; returns the sum of their cross-entropies at ``chosen`` (n, 1)."""
+    powers = scores.float()  # a copy, except of float32
+    top, own = powers.amax(dim=-1, keepdim=True), powers.gather(1, chosen)
+    mass = powers.sub_(top).exp_().sum(dim=-1, keepdim=True)
+    scores.copy_(powers.div_(mass)).scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0))
+    return (mass.log() + top - own).sum()

@@ -13,25 +13,20 @@ Nothing waits for the device: metrics and the decision to skip an update stay th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor as Array
 from torch.nn import functional
 
 from mens_core.errors import ContractError, DataError, ModelError
-from mens_core.exchange import IGNORE, StepMetrics, TrainingState
+from mens_core.exchange import IGNORE, Batch, BatchShape, ExecutionPlan, StepMetrics, TrainingState
 from mens_torch.loss import supervised_loss
 from mens_torch.model import Model, hidden_states, load_model, logits
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from mens_core.exchange import Batch, BatchShape, ExecutionPlan
 
 __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
 
@@ -207,8 +202,12 @@ def restore(session: Session, state: TrainingState) -> Session:
 
 def _on_device(session: Session, batch: Batch) -> tuple[Array, Array, tuple[int, ...]]:
     device = session.model.device
-    input_ids, positions = (torch.tensor(part, dtype=torch.int64) for part in (batch.input_ids, batch.positions))
-    return input_ids.to(device), positions.to(device), tuple(batch.row_lengths.tolist())
+    return _sent(batch.input_ids, device), _sent(batch.positions, device), tuple(batch.row_lengths.tolist())
+
+
+def _sent(values: NDArray[Any], device: str) -> Array:
+    """Token ids or positions on their way to the device; nobody waits for their arrival."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _loss_sum(session: Session, batch: Batch) -> Array:
@@ -216,10 +215,10 @@ def _loss_sum(session: Session, batch: Batch) -> Array:
     model = session.model
     input_ids, positions, rows = _on_device(session, batch)
     chosen = np.flatnonzero(batch.targets != IGNORE)
-    keep = torch.from_numpy(chosen).to(model.device)
-    targets = torch.tensor(batch.targets[chosen], dtype=torch.int64).to(model.device)
+    keep, targets = _sent(chosen, model.device), _sent(batch.targets[chosen], model.device)
     if model.linear_head and model.head is not None:
-        return supervised_loss(hidden_states(model, input_ids, positions, rows)[keep], model.head, targets)
+        hidden = hidden_states(model, input_ids, positions, rows).index_select(0, keep)
+        return supervised_loss(hidden, model.head, targets)
     found = logits(model, input_ids, positions, rows, keep)
     return functional.cross_entropy(found.float(), targets, reduction="sum")
 
@@ -228,7 +227,7 @@ def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: f
     """One AdamW update from the summed gradients; returns the mean gradient's global norm, () float32."""
     optimizer: Any = session.optimizer
     grads = [parameter.grad for parameter in session.parameters.values() if parameter.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / supervised  # noqa: SLF001
+    norm: Array = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / supervised  # noqa: SLF001
     clip = (session.plan.contract.training.max_grad_norm / norm).clamp(max=1.0)
     # The fused kernel divides by the one and does nothing at all where the other is 1; both stay on the device.
     optimizer.grad_scale = supervised / clip
@@ -236,7 +235,7 @@ def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: f
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    torch._foreach_zero_(grads)  # noqa: SLF001 (the list form is one kernel)
+    torch._foreach_zero_(grads)
     return norm
 
 

@@ -1,0 +1,238 @@
+"""The torch backend runs any graph of transformers: packed where that is proved right, else row by row."""
+
+import logging
+
+import numpy as np
+import pytest
+import references
+import tiny
+import tolerances
+import torch
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from mens_core.plugins import load_backend
+
+COMMON = tiny.CONFIGS["qwen2"] | {"intermediate_size": 64}  # experts are multiplied in groups, in whole 16 bytes
+# model type → (config, rows packed?, logits = hidden · headᵀ?)
+GRAPHS = {
+    "mistral": (COMMON | {"sliding_window": 4}, True, True),
+    "gemma2": (COMMON | {"head_dim": 12, "sliding_window": 4, "attn_logit_softcapping": 5.0}, True, False),
+    "gpt_oss": (
+        COMMON
+        | {
+            "head_dim": 12,
+            "sliding_window": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        True,
+        True,
+    ),
+    "mixtral": (COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}, True, True),
+    "cohere": (COMMON | {"logit_scale": 0.5}, True, False),
+    "phi": (COMMON, True, False),
+    "opt": (
+        {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+        | {"max_position_embeddings": 64, "word_embed_proj_dim": 48, "pad_token_id": 0},
+        True,
+        True,
+    ),
+    # positions enter as a bias on the scores
+    "falcon": ({"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}, False, True),
+    # convolutions run over the ends of rows
+    "lfm2": (COMMON | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, False, True),
+    # attends within chunks, and has no decoder that could be called by itself
+    "llama4_text": (
+        COMMON
+        | {"head_dim": 12, "num_local_experts": 2, "attention_chunk_size": 4, "intermediate_size_mlp": 50}
+        | {"tie_word_embeddings": False},
+        False,
+        False,
+    ),
+}
+GRAPHS["falcon"][0]["alibi"] = True
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return load_backend("torch")
+
+
+@pytest.fixture(scope="module", params=GRAPHS)
+def graph(request, backend, tmp_path_factory):
+    """(model type, its folder, a session on it)."""
+    folder = tmp_path_factory.mktemp("graphs") / request.param
+    tiny.write_model(folder, request.param, GRAPHS[request.param][0])
+    return request.param, folder, backend.open(tiny.plan_for(backend, folder), tiny.SHAPE)
+
+
+@pytest.fixture
+def batch():
+    return tiny.batch_of(9, 5, 12, 5)
+
+
+def test_the_trial_finds_how_a_graph_may_be_run(graph):
+    model_type, _, session = graph
+    assert (session.packed, session.linear_head) == GRAPHS[model_type][1:]
+
+
+def test_logits_are_those_of_transformers(backend, graph, batch):
+    _, folder, session = graph
+    with torch.no_grad():
+        expected = references.logits_of(references.open_model(folder), batch).numpy()
+    assert np.abs(backend.forward(session, batch) - expected).max() <= tolerances.LOGITS * max(
+        1, np.abs(expected).max() / 10
+    )
+
+
+def test_a_step_is_that_of_plain_autograd(backend, graph, batch):
+    _, folder, session = graph
+    start = backend.state(session)
+    adapter = tiny.random_adapter(start.adapter)
+    session = backend.restore(session, type(start)(adapter=adapter, optimizer={}, step=0))
+    metrics = backend.step(session, [batch], 0.0)
+    model = references.open_model(folder)
+    model.requires_grad_(requires_grad=False)
+    parameters = {name: torch.tensor(array, requires_grad=True) for name, array in adapter.items()}
+    for path, module in references.linears(model).items():
+        if f"{path}.lora_A.weight" in parameters:
+            model.set_submodule(path, _Adapted(module, *(parameters[f"{path}.lora_{part}.weight"] for part in "AB")))
+    expected = references.loss_sum(model, batch)
+    expected.backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in parameters.values()]) / batch.supervised_tokens
+    expected = float(expected.detach())
+    assert float(metrics.loss_sum) == pytest.approx(expected, rel=tolerances.LOSS)
+    assert float(metrics.grad_norm) == pytest.approx(float(gradients.norm()), rel=tolerances.GRADIENT)
+    assert backend.loss(session, batch)[0] == pytest.approx(expected, rel=tolerances.LOSS)
+
+
+class _Adapted(torch.nn.Module):
+    """LoRA in the fewest words."""
+
+    def __init__(self, base, lora_a, lora_b):
+        super().__init__()
+        self.base, self.lora_a, self.lora_b = base, lora_a, lora_b
+
+    def forward(self, x):
+        return self.base(x) + 2.0 * x @ self.lora_a.T @ self.lora_b.T
+
+
+def test_packing_a_graph_that_mixes_rows_would_show(backend, tmp_path, batch):
+    from mens_torch._packing import PACKED
+
+    tiny.write_model(tmp_path / "lfm2", "lfm2", GRAPHS["lfm2"][0])
+    session = backend.open(tiny.plan_for(backend, tmp_path / "lfm2"), tiny.SHAPE)
+    right = backend.forward(session, batch)
+    session.model.network.set_attn_implementation(PACKED)
+    session.model.packed = True
+    assert np.abs(backend.forward(session, batch) - right).max() > 1e-2
+
+
+def test_running_row_by_row_is_said(backend, graph, caplog):
+    model_type, folder, _ = graph
+    with caplog.at_level(logging.WARNING, logger="mens_torch"):
+        backend.open(tiny.plan_for(backend, folder), tiny.SHAPE)
+    said = [record.getMessage() for record in caplog.records if "rows run one at a time" in record.getMessage()]
+    assert len(said) == (not GRAPHS[model_type][1])
+
+
+def test_the_base_holds_the_same_bytes_after_training(backend, graph, batch):
+    _, _, session = graph
+    before = _base_bytes(session)
+    backend.step(session, [batch], 1e-2)
+    assert _base_bytes(session) == before
+
+
+def _base_bytes(session):
+    from mens_torch.lora import LoraLinear
+
+    held = {name: tensor for name, tensor in session.model.network.state_dict().items() if ".lora_" not in name}
+    held |= {
+        path: layer.frozen for path, layer in session.model.network.named_modules() if isinstance(layer, LoraLinear)
+    }
+    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in held.items()}
+
+
+def test_rotary_frequencies_that_depend_on_the_longest_row_rule_packing_out(backend, tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    tiny.write_model(tmp_path / "llama", "llama", tiny.CONFIGS["llama"] | {"rope_parameters": rope})
+    packed = {
+        length: backend.open(tiny.plan_for(backend, tmp_path / "llama", seq_len=length), tiny.SHAPE).packed
+        for length in (64, 65)
+    }
+    assert packed == {64: True, 65: False}
+
+
+def test_a_process_that_lowered_float32_precision_is_refused(backend, folders):
+    from mens_core.errors import ContractError
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(ContractError, match="lower precision"):
+            backend.open(tiny.plan_for(backend, folders["llama"]), tiny.SHAPE)
+        backend.open(tiny.plan_for(backend, folders["llama"], dtype="bfloat16"), tiny.SHAPE)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_an_adapter_folder_is_no_base(backend, folders, tmp_path):
+    import shutil
+
+    from mens_core.errors import ModelError
+
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match="holds an adapter"):
+        backend.open(tiny.plan_for(backend, folder), tiny.SHAPE)
+
+
+def test_a_conv1d_is_a_linear_layer_the_other_way_round():
+    from mens_torch.lora import LoraLinear
+
+    layer = Conv1D(5, 3)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 4, 3)
+    ours = LoraLinear(layer.weight.detach().t(), layer.bias.detach(), 2, 1.0)
+    torch.testing.assert_close(ours(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grouped", [1, 2])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("rows", [(4, 4), (1, 6, 2), (7,)])
+def test_packed_attention_is_the_formula(rows, window, grouped):
+    from mens_torch.attention import packed_attention
+
+    generator = torch.Generator().manual_seed(0)
+    total = sum(rows)
+    query = torch.randn(total, 4, 8, generator=generator)
+    key, value = (torch.randn(total, 4 // grouped, 8, generator=generator) for _ in range(2))
+    row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+    place = torch.arange(total)
+    seen = (row[:, None] == row) & (place[:, None] >= place) & (place[:, None] - place < (window or total))
+    scores = torch.einsum("qhe,khe->hqk", query, key.repeat_interleave(grouped, 1)) * 0.3
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = torch.einsum("hqk,khe->qhe", weights, value.repeat_interleave(grouped, 1))
+    torch.testing.assert_close(packed_attention(query, key, value, rows, 0.3, window), expected, rtol=0, atol=1e-6)
+
+
+def test_the_hand_made_backward_passes_are_those_of_autograd():
+    from mens_torch.lora import LoraLinear
+    from mens_torch.loss import supervised_loss
+
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(5, 3, generator=generator), torch.randn(5, generator=generator)
+    layer = LoraLinear(weight, bias, 2, 0.7)
+    with torch.no_grad():
+        layer.lora_a.copy_(torch.randn(2, 3, generator=generator))
+        layer.lora_b.copy_(torch.randn(5, 2, generator=generator))
+    x = torch.randn(7, 3, generator=generator, requires_grad=True)
+    targets = torch.tensor([0, 4, 3, 3, 1, 2, 0])
+    head = torch.randn(5, 5, generator=generator)
+    leaves = (x, layer.lora_a, layer.lora_b)
+    found = torch.autograd.grad(supervised_loss(layer(x), head, targets, chunk=3), leaves)
+    plain = x @ weight.T + bias + 0.7 * x @ layer.lora_a.T @ layer.lora_b.T
+    expected = torch.autograd.grad(functional.cross_entropy(plain @ head.T, targets, reduction="sum"), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

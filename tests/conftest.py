@@ -1,0 +1,60 @@
+"""What the tests share: both backends, tiny models of every family, a small corpus of real code."""
+
+import argparse
+import ast
+import inspect
+import json
+import os
+import random
+import shutil
+import statistics
+import textwrap
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from mens_core import write_random_model
+from mens_core.hf.layout import FAMILIES
+from mens_core.plugins import load_backend
+
+# Tiny matrices gain nothing from a second thread, and waiting for one that shares its core costs a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Shared machines stall now and then; a slow draw says nothing about the property.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
+settings.load_profile("shared")
+
+
+@pytest.fixture(scope="session", params=["torch", "jax"])
+def backend(request):
+    """Each backend in turn, loaded through the front door."""
+    return load_backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory):
+    """Family → a tiny, seeded model folder with a tokenizer trained on real code."""
+    folder = tmp_path_factory.mktemp("models")
+    text = folder / "text.py"
+    text.write_text(inspect.getsource(statistics), encoding="utf-8")
+    for family in FAMILIES:
+        write_random_model(folder / family, arch=family, text=[text], seed=7)
+    return {family: folder / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory):
+    """train.jsonl and eval.jsonl from the functions of one standard module."""
+    folder = tmp_path_factory.mktemp("corpus")
+    source = "".join(map(inspect.getsource, (argparse, random, shutil, statistics, textwrap)))
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    rows = [
+        {"prompt": f"Write {node.name}.", "response": code}
+        for node in functions
+        # Rows of like length, so that a backend that compiles for shapes does so once.
+        if 230 < len(code := ast.get_source_segment(source, node)) < 350
+    ]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "train.jsonl").write_text("".join(lines[4:]), encoding="utf-8")
+    (folder / "eval.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    return folder

@@ -1,0 +1,47 @@
+"""Every tolerance of the backends' tests, with its reason.
+
+float32 has eps = 1.2e-7. Beside each number stands what was observed with it (largest over all families, torch and
+where it was there JAX), so that a looser result is noticed before it fails. Each is used in a test whose twin, a
+deliberate mistake, must exceed it.
+"""
+
+# Logits against transformers, largest absolute difference. Logits reach 12 to 19, where one rounding is 1e-6, and
+# transformers' own float32 logits are up to 7.1e-6 from its float64 ones; its two attention kernels differ by as
+# much. Two results that are each that good may be twice as far apart. Observed: torch 3.8e-6.
+LOGITS = 2e-5
+
+# A row in a batch against the same row alone, relative to the largest logit. Only the sizes of the matrix products
+# differ, so only their blocking. Observed: torch 1.1e-7.
+PACKING = 1e-6
+
+# A sum of cross-entropies, relative: the logits' error of 2e-5 on terms of about 10. Observed: torch 1.2e-7.
+LOSS = 2e-6
+
+# Gradients, relative in the Frobenius norm of each tensor. They pass two blocks forward and backward, each product
+# a sum of some fifty terms: a few tens of eps. Observed: torch 9.7e-7.
+GRADIENT = 1e-5
+
+# One cut of a window into batches against another, relative. The same gradients are summed in another order.
+# Observed: torch 5.2e-7.
+ACCUMULATION = 5e-6
+
+# A step of AdamW against the same formula in float64, relative to the learning rate. The parameter itself, up to
+# 0.4, is rounded to 3e-8, which is 3e-6 of a rate of 1e-2 and 9e-6 of a third of it; the moments' roundings are
+# smaller. Observed: torch 4.5e-6.
+ADAMW = 2e-5
+
+# Adapter after four steps against PEFT with torch's AdamW, relative to the distance moved. Adam divides by the
+# gradient's size, so an entry whose gradient is nearly zero magnifies its rounding. Observed: torch 1.7e-5.
+TRAJECTORY = 2e-4
+
+# W + s * B A in float32 against float64, relative to the largest entry: a sum of rank + 1 terms, rounded each time.
+# Observed: torch 1.6e-7.
+MERGE = 1e-6
+
+# bfloat16 keeps 8 bits, eps = 7.8e-3. Loss against float32, relative; the roundings of many layers and tokens largely
+# cancel in the sum. Observed: torch 5.4e-4.
+BFLOAT16_LOSS = 2e-2
+
+# Single logits in bfloat16 against float32, largest absolute difference, at a logit scale of 12 to 19, where one
+# rounding is 0.06. Observed: torch 0.2.
+BFLOAT16_LOGITS = 0.6
