@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["device_named", "dot", "take"]
+__all__ = ["KEPT", "device_named", "dot", "take"]
+
+KEPT = "product"
+"""Under this name a layer's products may be kept for the backward pass (``_blocks.scan_blocks``)."""
 
 
 def device_named(name: str) -> jax.Device:

@@ -33,10 +33,24 @@ _Floats: TypeAlias = NDArray[np.float32]
 
 # Dettmers et al. 2023, appendix E.
 _CODEBOOK = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
-    + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
-    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    [
+        "-1.0",
+        "-0.6961928009986877",
+        "-0.5250730514526367",
+        "-0.39491748809814453",
+        "-0.28444138169288635",
+        "-0.18477343022823334",
+        "-0.09105003625154495",
+        "0.0",
+        "0.07958029955625534",
+        "0.16093020141124725",
+        "0.24611230194568634",
+        "0.33791524171829224",
+        "0.44070982933044434",
+        "0.5626170039176941",
+        "0.7229568362236023",
+        "1.0",
+    ],
     np.float32,
 )
 _MIDDLES = (_CODEBOOK[:-1] + _CODEBOOK[1:]) / np.float32(2)
@@ -194,7 +208,7 @@ def _quantize_scales(absmax: _Floats) -> tuple[NDArray[np.uint8], _Floats, np.fl
 
 @functools.cache
 def _dynamic_map() -> _Floats:
-    """Bitsandbytes' signed 8-bit map: seven decades of evenly spaced values (Dettmers 2016, arXiv:1511.04561)."""
+    """The signed 8-bit map of bitsandbytes: seven decades of even steps (Dettmers 2016, arXiv:1511.04561)."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = _linspace(2**exponent + 1)
