@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lab_base_data import Streams
-    from train_lab_base import Recipe
+    from lab_base_recipe import Recipe
 
 __all__ = ["card"]
 
