@@ -149,7 +149,7 @@ class Buckets:
 def fill(batch: Batch, size: Size) -> PackedBatch:
     """Fill a batch up with what counts for nothing; the arrays stay on the host."""
     chosen = np.flatnonzero(batch.targets != IGNORE)
-    back = np.full(size.tokens, -1, np.int32)
+    back = _padded([], size.tokens, -1)
     back[chosen] = np.arange(len(chosen))
     return PackedBatch(
         input_ids=_padded(batch.input_ids, size.tokens, 0),

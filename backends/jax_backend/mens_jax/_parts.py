@@ -35,7 +35,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, index: Array) -> Array:
         """(T,) to (T, D)."""
-        return self.weight.get_value()[index]
+        rows: Array = self.weight.get_value()[index]
+        return rows
 
 
 class RMSNorm(nnx.Module):
@@ -48,7 +49,8 @@ class RMSNorm(nnx.Module):
         """Over the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        return self.weight.get_value() * wide.astype(x.dtype)
+        scaled: Array = self.weight.get_value() * wide.astype(x.dtype)
+        return scaled
 
 
 class LayerNorm(nnx.Module):
@@ -62,7 +64,8 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide - wide.mean(axis=-1, keepdims=True)
         wide = wide * lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.weight.get_value() + self.bias.get_value()).astype(x.dtype)
+        scaled: Array = wide * self.weight.get_value() + self.bias.get_value()
+        return scaled.astype(x.dtype)
 
 
 @attrs.frozen(kw_only=True)

@@ -22,9 +22,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
-from mens_jax._arrays import KEPT, dot, take
+from mens_jax._arrays import dot, keep, take
 from mens_jax._packing import Rows
 
 __all__ = ["packed_attention"]
@@ -51,14 +50,9 @@ def packed_attention(
     Returns:
         (T, H, E); positions that belong to no row hold nothing of meaning.
     """
-    output = lax.platform_dependent(
-        query,
-        key,
-        value,
-        cpu=lambda *parts: _row_by_row(*parts, rows, window, scale),
-        default=lambda *parts: _padded(*parts, rows, window, scale),
-    )
-    return checkpoint_name(output, KEPT)
+    on_cpu = functools.partial(_row_by_row, rows=rows, window=window, scale=scale)
+    elsewhere = functools.partial(_padded, rows=rows, window=window, scale=scale)
+    return keep(lax.platform_dependent(query, key, value, cpu=on_cpu, default=elsewhere))
 
 
 def _padded(query: Array, key: Array, value: Array, rows: Rows, window: Array | None, scale: float) -> Array:
@@ -79,8 +73,8 @@ def _padded(query: Array, key: Array, value: Array, rows: Rows, window: Array | 
 def _row_by_row(query: Array, key: Array, value: Array, rows: Rows, window: Array | None, scale: float) -> Array:
     """One (row, key/value head) after the other."""
 
-    def attend(pair: tuple[Array, ...], length: Array) -> tuple[Array]:
-        return (_attend(*pair, length, window, scale),)
+    def attend(query: Array, key: Array, value: Array, length: Array) -> tuple[Array]:
+        return (_attend(query, key, value, length, window, scale),)
 
     return _over_pairs(attend, rows, (query, key, value), (query,))[0]
 
@@ -96,11 +90,10 @@ def _row_by_row_backward(
 ) -> tuple[Array, Array, Array, None, None]:
     query, key, value, rows, window = kept
 
-    def pull(pair: tuple[Array, ...], length: Array) -> tuple[Array, ...]:
-        *parts, upstream = pair
+    def pull(query: Array, key: Array, value: Array, upstream: Array, length: Array) -> tuple[Array, ...]:
         # The cut's part beyond the row is the next rows' gradient.
         upstream = jnp.where(jnp.arange(rows.longest)[:, None] < length, upstream, jnp.zeros((), upstream.dtype))
-        _, pullback = jax.vjp(lambda *parts: _attend(*parts, length, window, scale), *parts)
+        _, pullback = jax.vjp(lambda q, k, v: _attend(q, k, v, length, window, scale), query, key, value)
         found: tuple[Array, ...] = pullback(upstream)
         return found
 
@@ -112,7 +105,7 @@ _row_by_row.defvjp(_row_by_row_forward, _row_by_row_backward)
 
 
 def _over_pairs(
-    function: Callable[[tuple[Array, ...], Array], tuple[Array, ...]],
+    function: Callable[..., tuple[Array, ...]],
     rows: Rows,
     parts: tuple[Array, ...],
     like: tuple[Array, ...],
@@ -120,7 +113,7 @@ def _over_pairs(
     """Call ``function`` on each (row, key/value head): its cut of every part and the row's length.
 
     Args:
-        function: of (G, L, E) and (L, E) cuts, giving such cuts.
+        function: of such cuts and a length, giving such cuts.
         rows: where the rows lie.
         parts: (T, H, E) or (T, K, E) each; the second has K heads.
         like: what the results are shaped as.
@@ -140,7 +133,7 @@ def _over_pairs(
             lax.dynamic_slice(part, place, (longest, part.shape[1] // heads, part.shape[2])).transpose(1, 0, 2)
             for part, place in zip(flat, places, strict=False)
         ]
-        found = function(tuple(cuts), rows.lengths[row])
+        found = function(*cuts, rows.lengths[row])
         return [
             lax.dynamic_update_slice(result, part.transpose(1, 0, 2), place)
             for result, part, place in zip(results, found, places[len(flat) :], strict=True)

@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from mens_core.errors import ContractError, ModelError
-from mens_jax._arrays import KEPT, dot
+from mens_jax._arrays import dot, keep
 from mens_jax.quant import NF4Weight, dequantize
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class LoraLinear(nnx.Module):
             # Scaled while it is narrow, which spares both passes a multiplication as wide as y.
             down = self.scale * dot(x, self.lora_a.get_value().astype(x.dtype).T)
             y = y + dot(down, self.lora_b.get_value().astype(x.dtype).T)
-        return checkpoint_name(y, KEPT)
+        return keep(y)
 
 
 def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:

@@ -59,7 +59,8 @@ class Model(nnx.Module):
     @property
     def head(self) -> Array:
         """(V, D), the output projection; the embedding where the two are tied."""
-        return (self.lm_head or self.decoder.table).weight.get_value()
+        table: Array = (self.lm_head or self.decoder.table).weight.get_value()
+        return table
 
 
 def load_model(plan: ExecutionPlan) -> Model:

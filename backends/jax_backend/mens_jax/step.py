@@ -241,7 +241,8 @@ def _step(
     def add(index: Array, sums: tuple[Array, nnx.State]) -> tuple[Array, nnx.State]:
         batch = jax.tree.map(lambda part: part[index], window)
         found = jax.value_and_grad(_loss_sum)(trained.adapter, graph, frozen, batch)
-        return jax.tree.map(jnp.add, sums, found)
+        added: tuple[Array, nnx.State] = jax.tree.map(jnp.add, sums, found)
+        return added
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained.adapter))
     loss_sum, gradient = lax.fori_loop(0, batches, add, zeros)
@@ -268,7 +269,7 @@ def _adamw(trained: _Trained, gradient: nnx.State, learning_rate: Array, weight_
     return _Trained(adapter, optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
 
 
-def _places(session: Session, tree: nnx.State) -> dict[str, tuple[Any, int]]:
+def _places(session: Session, tree: nnx.State) -> dict[str, tuple[Any, int | None]]:
     """Shared name → (stack that holds the array, its layer)."""
     stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(tree)}
     places = {}
