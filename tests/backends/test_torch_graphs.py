@@ -198,6 +198,14 @@ def test_a_conv1d_is_a_linear_layer_the_other_way_round():
     torch.testing.assert_close(ours(x), layer(x), rtol=0, atol=0)
 
 
+def test_even_the_mean_of_the_scales_is_bitsandbytes_own(backend):
+    import bitsandbytes.functional as reference
+
+    weight = np.random.default_rng(0).standard_normal((96, 100)).astype(np.float32)
+    _, state = reference.quantize_4bit(torch.tensor(weight), blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert backend.quantize(weight, tiny.nf4_spec()).offset == float(state.offset)
+
+
 @pytest.mark.parametrize("grouped", [1, 2])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("rows", [(4, 4), (1, 6, 2), (7,)])
