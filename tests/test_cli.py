@@ -1,9 +1,9 @@
 """The command line: help that teaches and is fast, one clear error each, exit codes that mean something."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -31,17 +31,18 @@ def test_train_help_shows_every_field_with_its_unit_and_default():
     assert "(default 0.0002) [Dettmers et al. 2023" in words
 
 
-def test_help_costs_little_more_than_the_interpreter():
-    def fastest(*command):
-        times = []
+def test_help_costs_less_than_importing_numpy_alone():
+    def cheapest(*command):
+        spent = []
         for _ in range(5):
-            begun = time.perf_counter()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([sys.executable, *command], capture_output=True, check=True)
-            times.append(time.perf_counter() - begun)
-        return min(times)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(spent)
 
-    # 60 ms against 15 ms when this was written; importing NumPy alone would add 130.
-    assert fastest("-m", "mens_core", "train", "--help") < fastest("-c", "pass") + 0.12
+    # Compared with its neighbour and in CPU seconds, because these hold on a busy machine: 60 ms against 130.
+    assert cheapest("-m", "mens_core", "train", "--help") < cheapest("-c", "import numpy")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ TRAJECTORY = 2e-4
 # Observed: torch 1.6e-7.
 MERGE = 1e-6
 
+# The mean of positive numbers in float32, summed in another order, relative: a few eps. Observed: JAX 3e-7.
+MEAN = 1e-6
+
 # bfloat16 keeps 8 bits, eps = 7.8e-3. Loss against float32, relative; the roundings of many layers and tokens largely
 # cancel in the sum. Observed: torch 5.4e-4.
 BFLOAT16_LOSS = 2e-2

@@ -4,6 +4,9 @@ import attrs
 import bitsandbytes.functional as reference
 import numpy as np
 import pytest
+import references
+import tiny
+import tolerances
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,30 +30,37 @@ def _expected(weight, spec):
     return codes.flatten().numpy(), state
 
 
-def _read_back(codes, state, weight, spec):
-    """The definition, in NumPy: codebook value times absmax."""
-    absmax = state.absmax
-    if spec.double_quant:
-        absmax = reference.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    nibbles = np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)[: weight.size]
-    scales = absmax.numpy()[np.arange(weight.size) // spec.block_size]
-    return (state.code.numpy()[nibbles] * scales).reshape(weight.shape)
+def _read_back(stored):
+    """The definition, in NumPy: codebook value times absmax, itself a map's value times its absmax plus the offset."""
+    absmax = stored.absmax
+    if stored.spec.double_quant:
+        scales = stored.nested_absmax[np.arange(len(absmax)) // 256]
+        absmax = reference.create_dynamic_map().numpy()[absmax] * scales + np.float32(stored.offset)
+    size = int(np.prod(stored.shape))
+    nibbles = np.stack([stored.codes >> 4, stored.codes & 15], axis=1).reshape(-1)[:size]
+    codebook = reference.get_4bit_type("nf4", device="cpu").numpy()
+    return (codebook[nibbles] * absmax[np.arange(size) // stored.spec.block_size]).reshape(stored.shape)
 
 
 def _check(backend, weight, spec):
     found = backend.quantize(weight, spec)
     codes, state = _expected(weight, spec)
     np.testing.assert_array_equal(found.codes, codes)
-    np.testing.assert_array_equal(found.absmax, state.absmax.numpy())
-    assert found.shape == weight.shape
-    assert found.spec == spec
-    if spec.double_quant:
+    assert (found.shape, found.spec) == (weight.shape, spec)
+    if not spec.double_quant:
+        np.testing.assert_array_equal(found.absmax, state.absmax.numpy())
+        assert (found.nested_absmax, found.offset) == (None, 0.0)
+    elif found.offset == float(state.offset):
+        np.testing.assert_array_equal(found.absmax, state.absmax.numpy())
         np.testing.assert_array_equal(found.nested_absmax, state.state2.absmax.numpy())
-        assert found.offset == float(state.offset)
     else:
-        assert found.nested_absmax is None
-        assert found.offset == 0.0
-    np.testing.assert_array_equal(backend.dequantize(found), _read_back(codes, state, weight, spec))
+        # The offset is a mean, which torch sums in an order that depends on the processor; what follows from it is
+        # then the same up to that rounding, and a scale halfway between two steps may take the other one.
+        slack = tolerances.MEAN * float(state.offset)
+        assert found.offset == pytest.approx(float(state.offset), abs=slack)
+        np.testing.assert_allclose(found.nested_absmax, state.state2.absmax.numpy(), rtol=0, atol=2 * slack)
+        assert np.abs(found.absmax.astype(int) - state.absmax.numpy().astype(int)).max() <= 1
+    np.testing.assert_array_equal(backend.dequantize(found), _read_back(found))
 
 
 @given(shape=SHAPES, spec=SPECS, seed=st.integers(0, 1000), size=st.sampled_from([1e-30, 0.02, 1.0, 1e30]))
@@ -125,11 +135,8 @@ def test_storage_per_weight_is_what_the_paper_says(backend, double_quant):
     assert bits == pytest.approx(4.127 if double_quant else 4.5, abs=5e-4)
 
 
-def test_the_session_s_base_is_the_quantised_one(backend, session_of, folders, family):
-    import references
-    import tiny
-    import tolerances
-
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "c_attn")])
+def test_every_linear_layer_of_the_base_is_quantised_targeted_or_not(backend, session_of, folders, family, targets):
     batch = tiny.batch_of(9, 5, 12)
     spec = tiny.nf4_spec()
     model = references.with_weights(
@@ -138,6 +145,7 @@ def test_the_session_s_base_is_the_quantised_one(backend, session_of, folders, f
     with torch.no_grad():
         expected = references.logits_of(model, batch).numpy()
         unquantised = references.logits_of(references.open_model(folders[family]), batch).numpy()
-    found = backend.forward(session_of(family, method="qlora"), batch)
+    known = targets if targets == ("all-linear",) else (targets[family == "gpt2"],)
+    found = backend.forward(session_of(family, method="qlora", targets=known), batch)
     assert np.abs(found - expected).max() <= tolerances.LOGITS
     assert np.abs(found - unquantised).max() > tolerances.LOGITS

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from mens_core.exchange import GenerateSettings
 from mens_core.plugins import load_backend
 
 COMMON = tiny.CONFIGS["qwen2"] | {"intermediate_size": 64}  # experts are multiplied in groups, in whole 16 bytes
@@ -130,6 +131,34 @@ def test_packing_a_graph_that_mixes_rows_would_show(backend, tmp_path, batch):
     assert np.abs(backend.forward(session, batch) - right).max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_even_a_weak_leak_rules_packing_out(backend, tmp_path, dtype):
+    tiny.write_model(tmp_path / "lfm2", "lfm2", GRAPHS["lfm2"][0])
+    model = references.open_model(tmp_path / "lfm2")
+    with torch.no_grad():
+        # Little of the convolution is left but its last tap, which reads the token itself.
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv.conv.weight"):
+                parameter[..., :-1] *= 0.02
+    model.save_pretrained(tmp_path / "lfm2")
+    assert not backend.open(tiny.plan_for(backend, tmp_path / "lfm2", dtype=dtype), tiny.SHAPE).packed
+
+
+def test_an_answer_leaves_the_attention_as_it_was(backend, graph):
+    _, _, session = graph
+    before = session.model.network.config._attn_implementation
+    backend.generate(session, [3, 4, 5], GenerateSettings(max_new_tokens=2, stop_tokens=()))
+    assert session.model.network.config._attn_implementation == before
+    assert (before == "mens_packed") == session.packed
+
+
+def test_nf4_codes_are_made_from_the_files_own_values(backend, folders):
+    session = backend.open(tiny.plan_for(backend, folders["gpt2"], method="qlora", dtype="bfloat16"), tiny.SHAPE)
+    for path, module in references.linears(references.open_model(folders["gpt2"])).items():
+        expected = backend.quantize(module.weight.detach().t().contiguous().numpy(), tiny.nf4_spec())
+        np.testing.assert_array_equal(session.model.adapters[path].frozen.codes.numpy(), expected.codes)
+
+
 def test_running_row_by_row_is_said(backend, graph, caplog):
     model_type, folder, _ = graph
     with caplog.at_level(logging.WARNING, logger="mens_torch"):
@@ -196,6 +225,14 @@ def test_a_conv1d_is_a_linear_layer_the_other_way_round():
     x = torch.randn(2, 4, 3)
     ours = LoraLinear(layer.weight.detach().t(), layer.bias.detach(), 2, 1.0)
     torch.testing.assert_close(ours(x), layer(x), rtol=0, atol=0)
+
+
+def test_even_the_mean_of_the_scales_is_bitsandbytes_own(backend):
+    import bitsandbytes.functional as reference
+
+    weight = np.random.default_rng(0).standard_normal((96, 100)).astype(np.float32)
+    _, state = reference.quantize_4bit(torch.tensor(weight), blocksize=64, compress_statistics=True, quant_type="nf4")
+    assert backend.quantize(weight, tiny.nf4_spec()).offset == float(state.offset)
 
 
 @pytest.mark.parametrize("grouped", [1, 2])

@@ -138,6 +138,7 @@ def import_weight(record: QuantizedWeight, device: str) -> NF4Weight:
 
 @cache
 def _bitsandbytes() -> Any:
+<<<<<<< HEAD
     # While it is imported it looks for a matrix product for AVX-512 in a package that is rarely there, and warns.
     # We multiply by the dequantised weight and use no product of its own.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -148,6 +149,16 @@ def _bitsandbytes() -> Any:
         import bitsandbytes.functional  # noqa: PLC0415
     finally:
         logger.setLevel(level)
+=======
+    # Imported on use: it loads native code, and a plain LoRA run needs none of it. On some processors it then
+    # regrets aloud that a kernel is missing; that kernel is never called here.
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.disabled = True
+    try:
+        import bitsandbytes.functional  # noqa: PLC0415
+    finally:
+        log.disabled = False
+>>>>>>> torch-backend
     return bitsandbytes.functional
 
 
@@ -158,8 +169,11 @@ def _dynamic_map(device: str) -> Array:
 
 
 def _looked_up(weight: NF4Weight, absmax: Array) -> Array:
-    codebook = _bitsandbytes().get_4bit_type("nf4", device=weight.codes.device)
-    codes = torch.stack([weight.codes >> 4, weight.codes & 15], dim=1).reshape(-1)
-    scales = absmax.repeat_interleave(weight.spec.block_size)[: codes.numel()]
-    values: Array = codebook[codes.long()] * scales
-    return values
+    """(2 · bytes,) float32: both values of each byte out of a table of 256 pairs, times their block's absmax."""
+    values = _bitsandbytes().get_4bit_type("nf4", device="cpu")
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
+    found = torch.nn.functional.embedding(weight.codes.int(), pairs).reshape(-1)
+    whole = found.numel() // weight.spec.block_size * weight.spec.block_size
+    found[:whole].view(-1, weight.spec.block_size).mul_(absmax[: whole // weight.spec.block_size, None])
+    found[whole:].mul_(absmax[-1])
+    return found

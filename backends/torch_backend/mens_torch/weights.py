@@ -68,7 +68,7 @@ def load_base(plan: ExecutionPlan) -> Any:
                 ignore_mismatched_sizes=True,  # they are listed below, beside all other problems
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"transformers cannot load the model folder: {error}",
             where=folder,
