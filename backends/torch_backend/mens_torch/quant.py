@@ -138,7 +138,6 @@ def import_weight(record: QuantizedWeight, device: str) -> NF4Weight:
 
 @cache
 def _bitsandbytes() -> Any:
-<<<<<<< HEAD
     # While it is imported it looks for a matrix product for AVX-512 in a package that is rarely there, and warns.
     # We multiply by the dequantised weight and use no product of its own.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
@@ -149,16 +148,6 @@ def _bitsandbytes() -> Any:
         import bitsandbytes.functional  # noqa: PLC0415
     finally:
         logger.setLevel(level)
-=======
-    # Imported on use: it loads native code, and a plain LoRA run needs none of it. On some processors it then
-    # regrets aloud that a kernel is missing; that kernel is never called here.
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    log.disabled = True
-    try:
-        import bitsandbytes.functional  # noqa: PLC0415
-    finally:
-        log.disabled = False
->>>>>>> torch-backend
     return bitsandbytes.functional
 
 
