@@ -109,7 +109,7 @@ def _peft_step(model_dir: Path, rows: list[TokenRow], dtype: str) -> Step:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
             backend="torch",
             method="lora",
             epochs=1,
-            max_steps=120,
+            max_steps=90,
             batch_size=8,
             grad_accum=1,
             learning_rate=1e-3,
