@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mens_core.contract import FineTuneContract
+    from mens_core.corpus.pairs import write_pairs
     from mens_core.errors import MensError
     from mens_core.exchange import (
         Batch,
@@ -55,6 +56,7 @@ _HOMES = {
     "generate": "generation",
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
+    "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "generate",
     "hookimpl",
     "installed_backends",
+    "write_pairs",
     "write_random_model",
 ]
 

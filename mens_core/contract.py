@@ -20,16 +20,14 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from mens_core import fields
 from mens_core.errors import ContractError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 __all__ = [
     "METHODS",

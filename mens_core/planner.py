@@ -20,7 +20,7 @@ from mens_core.artifacts.files import sha256_file
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.backend import Backend
 from mens_core.contract import FineTuneContract
-from mens_core.errors import ContractError, GateError
+from mens_core.errors import ContractError, GateError, ModelError
 from mens_core.exchange import ExecutionPlan, KernelOffer, Machine
 from mens_core.gates import base_gates, data_gates, refuse_failed
 from mens_core.hf.hub import find_model
@@ -191,7 +191,16 @@ def _contents(contract: FineTuneContract, model_dir: Path, tokenizer: str, weigh
 
 
 def _warnings(model_dir: Path, tokenizer: str) -> tuple[str, ...]:
-    templates = ("chat_template.jinja", "chat_template.json")
-    if tokenizer == "hf" and any((model_dir / name).is_file() for name in templates):
-        return ("the model ships a chat template of its own; this run renders ChatML",)
+    if tokenizer == "hf" and _has_template(model_dir):
+        return ("the model ships a chat template of its own; this run renders ChatML instead",)
     return ()
+
+
+def _has_template(model_dir: Path) -> bool:
+    if any((model_dir / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    path = model_dir / "tokenizer_config.json"
+    try:
+        return path.is_file() and "chat_template" in json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"tokenizer_config.json cannot be read: {error}", where=path) from error

@@ -99,6 +99,8 @@ class TrainingView:
             f"({payload['supervised_tokens'] / payload['tokens']:.0%} supervised), "
             f"{payload['planned_steps_total']:,} steps"
         )
+        for warning in payload["warnings"]:
+            self._line(f"warning: {warning}")
         if sys.stdout.isatty():
             self._progress = _bar()
             self._task = self._progress.add_task("training", total=payload["planned_steps_total"], figures="")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lab_base_data import Streams
-    from train_lab_base import Recipe
+from lab_base_data import Streams
+from lab_base_recipe import Recipe
 
 __all__ = ["card"]
 

@@ -113,6 +113,7 @@ def test_the_public_surface_is_what_it_says():
         "generate",
         "hookimpl",
         "installed_backends",
+        "write_pairs",
         "write_random_model",
     ]
     assert all(getattr(mens_core, name) is not None for name in mens_core.__all__)

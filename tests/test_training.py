@@ -233,6 +233,17 @@ def test_planning_writes_nothing_and_names_the_kernel(fields):
     assert not fields["output_dir"].exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_template_that_is_not_used_is_a_warning_on_the_plan(fields, tmp_path, name):
+    def add(folder):
+        (folder / name).write_text('{"chat_template": "{{ messages }}"}')
+
+    assert Planner().plan(**fields).warnings == ()
+    model = _changed_model(Path(fields["model"]), tmp_path / "templated", add)
+    (warning,) = Planner().plan(**{**fields, "model": model}).warnings
+    assert "ChatML" in warning
+
+
 def test_a_kernel_can_be_forced(fields):
     assert Planner().plan(**{**fields, "backend": "jax_lora"}).execution_kernel == "jax_lora"
 
@@ -244,7 +255,7 @@ def test_a_contract_and_its_fields_are_the_same_request(fields):
         Planner().plan(contract, rank=3)
 
 
-def _broken_model(source, target, change):
+def _changed_model(source, target, change):
     target.mkdir()
     for path in source.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
@@ -272,7 +283,7 @@ def _set_model_type(name):
 def test_a_model_folder_that_cannot_work_is_refused_before_anything_is_written(
     fields, tmp_path, change, error, message
 ):
-    model = _broken_model(Path(fields["model"]), tmp_path / "broken", change)
+    model = _changed_model(Path(fields["model"]), tmp_path / "broken", change)
     with pytest.raises(error, match=message):
         Planner().run(**{**fields, "model": model})
     assert not fields["output_dir"].exists()

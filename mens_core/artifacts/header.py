@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import attrs
 import ml_dtypes
 import numpy as np
 
 from mens_core.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 __all__ = ["CODES", "DTYPES", "TensorInfo", "make_header", "read_header"]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,6 @@ from numpy.typing import NDArray
 from mens_core.artifacts.header import CODES, DTYPES, TensorInfo, make_header, read_header
 from mens_core.atomic import replacing
 from mens_core.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 __all__ = [
     "TensorFolder",

@@ -7,15 +7,13 @@ a layout without a family: a backend that can build it by other means may still 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import attrs
 
 from mens_core.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 __all__ = ["FAMILIES", "Layout", "read_layout"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import attrs
 import numpy as np
@@ -18,6 +20,7 @@ from mens_core.text.lab import lab_tokenizer
 __all__ = ["EncodedRows", "Encoder", "TokenRow", "encode_rows", "open_tokenizer"]
 
 _MOST_DROPPED_BY_DEFAULT = 0.05
+_ROWS_AT_A_TIME = 1024
 
 
 @attrs.frozen(eq=False)
@@ -142,42 +145,52 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder, *, seq_len: int, on_overl
         DataError: if a row is too long under ``error``, too many are under ``auto``, or none remains.
     """
     kept: list[TokenRow] = []
-    overlong = truncated = cut = unsupervised = 0
-    encoded = encoder.encode([segments(row.turns) for row in rows])
-    for row in encoded:
+    counts = Counter[str]()
+    longest = 0
+    for row in _encoded(rows, encoder):
+        counts["all"] += 1
+        longest = max(longest, len(row.input_ids))
+        supervised = row.supervised
         if len(row.input_ids) > seq_len:
-            overlong += 1
+            counts["overlong"] += 1
             if on_overlong != "truncate":
                 continue
-            truncated += 1
-            cut += int(row.supervised[seq_len:].sum())
-            row = TokenRow(row.input_ids[:seq_len], row.supervised[:seq_len])  # noqa: PLW2901 (the cut row is the row)
-        if not row.supervised[1:].any():
-            unsupervised += 1
-            continue
-        kept.append(row)
-    _check_overlong(encoded, overlong, seq_len, on_overlong)
+            counts["cut"] += int(supervised[seq_len:].sum())
+            supervised = supervised[:seq_len]
+        if supervised[1:].any():
+            kept.append(TokenRow(row.input_ids[:seq_len], supervised))
+        else:
+            counts["unsupervised"] += 1
+    _check_overlong(counts, longest, seq_len, on_overlong)
     if not kept:
         raise DataError(
             "no row is left to train on",
-            where=f"{len(encoded)} rows: {overlong} longer than {seq_len} tokens, {unsupervised} unsupervised",
+            where=f"{counts['all']} rows: {counts['overlong']} longer than {seq_len} tokens, "
+            f"{counts['unsupervised']} unsupervised",
             fix="raise --seq-len or shorten the rows",
         )
+    truncates = on_overlong == "truncate"
     return EncodedRows(
         rows=tuple(kept),
-        overlong_dropped=0 if on_overlong == "truncate" else overlong,
-        truncated=truncated,
-        supervised_cut=cut,
-        unsupervised_dropped=unsupervised,
+        overlong_dropped=0 if truncates else counts["overlong"],
+        truncated=counts["overlong"] if truncates else 0,
+        supervised_cut=counts["cut"],
+        unsupervised_dropped=counts["unsupervised"],
     )
 
 
-def _check_overlong(encoded: Sequence[TokenRow], overlong: int, seq_len: int, on_overlong: str) -> None:
+def _encoded(rows: Iterable[Row], encoder: Encoder) -> Iterator[TokenRow]:
+    """Encode in pieces: the tokenizer's own records of a row are fifty times as large as its ids."""
+    remaining = iter(rows)
+    while piece := list(islice(remaining, _ROWS_AT_A_TIME)):
+        yield from encoder.encode([segments(row.turns) for row in piece])
+
+
+def _check_overlong(counts: Counter[str], longest: int, seq_len: int, on_overlong: str) -> None:
     allowed = {"error": 0.0, "auto": _MOST_DROPPED_BY_DEFAULT}.get(on_overlong, 1.0)
-    if overlong > allowed * len(encoded):
-        longest = max(len(row.input_ids) for row in encoded)
+    if counts["overlong"] > allowed * counts["all"]:
         raise DataError(
-            f"{overlong} of {len(encoded)} rows are longer than {seq_len} tokens (the longest has {longest})",
+            f"{counts['overlong']} of {counts['all']} rows are longer than {seq_len} tokens (the longest: {longest})",
             expected=f"at most {allowed:.0%} of the rows to be dropped for their length",
             fix=f"--seq-len {longest}, or accept the loss with --on-overlong drop or --on-overlong truncate",
         )

@@ -16,13 +16,11 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
 
 from mens_core.atomic import replacing
 from mens_core.errors import DataError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 __all__ = [
     "CHAT_TEMPLATE",

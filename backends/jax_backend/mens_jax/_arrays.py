@@ -7,8 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
-__all__ = ["device_named", "dot", "take"]
+__all__ = ["KEPT", "device_named", "dot", "keep", "take"]
+
+KEPT = "product"
+"""The name under which ``keep`` marks arrays."""
 
 
 def device_named(name: str) -> jax.Device:
@@ -20,6 +24,12 @@ def device_named(name: str) -> jax.Device:
 def dot(x: Array, y: Array, dtype: Any = None) -> Array:
     """X y in full precision; the result is of type ``dtype``, or of the arguments' type."""
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def keep(product: Array) -> Array:
+    """Mark an array that may be kept for the backward pass instead of computed again (``_blocks.scan_blocks``)."""
+    marked: Array = checkpoint_name(product, KEPT)  # type: ignore[no-untyped-call]
+    return marked
 
 
 @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""The parts of the decoder, as flax modules whose attributes are named as in the checkpoint.
+"""The decoder's blocks, as flax modules whose attributes are named as in the checkpoint.
 
 ::
 
@@ -12,74 +12,25 @@ runs it. Shape letters: T tokens, D width, H query heads, K key/value heads, E h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import attrs
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
 from mens_jax import _families
+from mens_jax._arrays import KEPT
+from mens_jax._parts import Embedding, Parts
 from mens_jax.lora import LoraLinear
-from mens_jax.quant import NF4Weight
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from mens_core.hf.layout import Layout
-
-__all__ = ["Attend", "Embedding", "Gpt2Decoder", "LlamaDecoder", "Parts", "scan_blocks"]
+__all__ = ["Attend", "Gpt2Decoder", "LlamaDecoder", "Parts", "scan_blocks"]
 
 Attend: TypeAlias = Callable[[Array, Array, Array, float, "Array | None"], Array]
 """(query (T, H, E), key (T, K, E), value (T, K, E), scale, window) to (T, H, E)."""
 
 Rotary: TypeAlias = tuple[Array, Array]
 """Cosines and sines of each position's angles, (T, 1, E), in the base's format."""
-
-
-class Conv1D(LoraLinear):
-    """GPT-2's linear, which stores its weight as (in, out)."""
-
-    transposed = True
-
-
-class Embedding(nnx.Module):
-    """Rows of a table, (V, D)."""
-
-    def __init__(self, weight: Array) -> None:
-        self.weight = nnx.Param(weight)
-
-    def __call__(self, index: Array) -> Array:
-        """(T,) to (T, D)."""
-        return self.weight.get_value()[index]
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) · weight, the quotient in float32 (Zhang & Sennrich 2019)."""
-
-    def __init__(self, weight: Array, epsilon: float) -> None:
-        self.weight, self.epsilon = nnx.Param(weight), epsilon
-
-    def __call__(self, x: Array) -> Array:
-        """Over the last axis."""
-        wide = x.astype(jnp.float32)
-        wide = wide * lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        return self.weight.get_value() * wide.astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """(x - mean) / deviation · weight + bias, in float32 (Ba et al. 2016)."""
-
-    def __init__(self, weight: Array, bias: Array, epsilon: float) -> None:
-        self.weight, self.bias, self.epsilon = nnx.Param(weight), nnx.Param(bias), epsilon
-
-    def __call__(self, x: Array) -> Array:
-        """Over the last axis."""
-        wide = x.astype(jnp.float32)
-        wide = wide - wide.mean(axis=-1, keepdims=True)
-        wide = wide * lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (wide * self.weight.get_value() + self.bias.get_value()).astype(x.dtype)
 
 
 class Gpt2Attention(nnx.Module):
@@ -93,7 +44,8 @@ class Gpt2Attention(nnx.Module):
     def __call__(self, x: Array, rotary: Rotary | None, attend: Attend) -> Array:
         """(T, D) to (T, D)."""
         del rotary
-        query, key, value = self.c_attn(x).reshape(x.shape[0], 3, -1, self.head_dim).transpose(1, 0, 2, 3)
+        parts = jnp.split(self.c_attn(x), 3, axis=-1)
+        query, key, value = (part.reshape(x.shape[0], -1, self.head_dim) for part in parts)
         if self.layer_factor is not None:
             query = query * self.layer_factor.get_value().astype(query.dtype)
         return self.c_proj(attend(query, key, value, self.scale, None).reshape(x.shape))
@@ -233,55 +185,13 @@ class LlamaDecoder(nnx.Module):
         return self.norm(x)
 
 
-@attrs.frozen(kw_only=True)
-class Parts:
-    """Makes the smallest modules from what was loaded.
-
-    Attributes:
-        layout: of the model.
-        base: stacked name → weight, from ``weights.load_base``.
-        ranks: stacked module path → rank of its adapter; absent for none.
-        scale: s of the adapter.
-    """
-
-    layout: Layout
-    base: Mapping[str, Array | NF4Weight]
-    ranks: Mapping[str, int]
-    scale: float
-
-    def linear(self, path: str) -> LoraLinear:
-        """The stacked linear at a path, with its adapter."""
-        weight, bias = self.base[f"{path}.weight"], self._dense_or_none(f"{path}.bias")
-        # NF4 is stored in (out, in) for every family.
-        dense_conv1d = self.layout.family == "gpt2" and not isinstance(weight, NF4Weight)
-        kind = Conv1D if dense_conv1d else LoraLinear
-        return kind(weight, bias, self.ranks.get(path, 0), self.scale)
-
-    def embedding(self, path: str) -> Embedding:
-        """The table at a path."""
-        return Embedding(self._dense(f"{path}.weight"))
-
-    def rms_norm(self, path: str) -> RMSNorm:
-        """The norm at a path."""
-        return RMSNorm(self._dense(f"{path}.weight"), self.layout.norm_eps)
-
-    def layer_norm(self, path: str) -> LayerNorm:
-        """The norm at a path."""
-        return LayerNorm(self._dense(f"{path}.weight"), self._dense(f"{path}.bias"), self.layout.norm_eps)
-
-    def _dense(self, name: str) -> Array:
-        return cast("Array", self.base[name])
-
-    def _dense_or_none(self, name: str) -> Array | None:
-        return cast("Array | None", self.base.get(name))
-
-
 def scan_blocks(
     blocks: nnx.Module, hidden: Array, run: Callable[[Any, Array, Any], tuple[Array, Any]], along: Any = None
 ) -> tuple[Array, Any]:
     """Pass hidden states through stacked blocks, one layer at a time, compiled once for all of them.
 
-    In the backward pass each layer is computed again, so only the hidden states between layers are kept.
+    In the backward pass each layer is computed again from the hidden states before it. Where there is room its
+    products are kept instead, and only what is cheap is computed again; an NF4 weight is never kept.
 
     Args:
         blocks: one block whose arrays have the layers in front.
@@ -297,8 +207,18 @@ def scan_blocks(
     def layer(hidden: Array, parts: tuple[Any, Any]) -> tuple[Array, Any]:
         return run(nnx.merge(graph, parts[0]), hidden, parts[1])
 
+    keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if _has_room(blocks, hidden) else []))
     # Inside a scan XLA cannot merge the two computations, so the guard against it would only cost.
-    return lax.scan(jax.checkpoint(layer, prevent_cse=False), hidden, (weights, along))
+    return lax.scan(jax.checkpoint(layer, prevent_cse=False, policy=keep), hidden, (weights, along))
+
+
+def _has_room(blocks: nnx.Module, hidden: Array) -> bool:
+    """Whether all layers' products take no more than a gibibyte, or no more than the base itself."""
+    linears = [module for _, module in nnx.iter_graph(blocks) if isinstance(module, LoraLinear)]
+    layers = jax.tree.leaves(nnx.state(blocks))[0].shape[0]
+    products = sum(linear.shape[0] for linear in linears) * layers * hidden.size // hidden.shape[1]
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(blocks)))
+    return bool(products * hidden.dtype.itemsize <= max(base, 1 << 30))
 
 
 def _rotate(x: Array, rotary: Rotary) -> Array:

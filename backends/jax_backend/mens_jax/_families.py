@@ -55,7 +55,7 @@ def attention_scales(layout: Layout) -> tuple[float, NDArray[np.float32] | None]
     by_layer = layout.config.get("scale_attn_by_inverse_layer_idx", False)
     return (
         scale if layout.config.get("scale_attn_weights", True) else 1.0,
-        1 / np.arange(1, layout.num_layers + 1, dtype=np.float32) if by_layer else None,
+        (1 / np.arange(1, layout.num_layers + 1)).astype(np.float32) if by_layer else None,
     )
 
 
@@ -84,7 +84,7 @@ def inverse_frequencies(layout: Layout) -> NDArray[np.float32]:
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     turns = (context or layout.max_positions) * frequencies / np.float32(2 * math.pi)
     share = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
-    return (1 - share) * slowed + share * frequencies
+    return np.asarray((1 - share) * slowed + share * frequencies, np.float32)
 
 
 def obstacle(layout: Layout) -> str | None:

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Buckets", "PackedBatch", "Rows", "Size", "fill", "rounded_up", "stack"]
 
-# Shares of the largest batch's tokens and supervised tokens.
+# Shares of the largest batch's tokens and supervised tokens. A batch of few tokens costs less than a compilation.
 _TIERS = (0.5, 0.75, 1.0)
+_FEW_TOKENS = 512
 _MULTIPLE = 16
 
 
@@ -130,7 +131,7 @@ class Buckets:
                 tokens=_up(int(np.ceil(shape.tokens * share)), _MULTIPLE),
                 supervised=_up(int(np.ceil(shape.supervised * share)), _MULTIPLE),
             )
-            for share in _TIERS
+            for share in (_TIERS if shape.tokens > _FEW_TOKENS else _TIERS[-1:])
         ]
         self.batches = shape.batches
 
@@ -148,7 +149,7 @@ class Buckets:
 def fill(batch: Batch, size: Size) -> PackedBatch:
     """Fill a batch up with what counts for nothing; the arrays stay on the host."""
     chosen = np.flatnonzero(batch.targets != IGNORE)
-    back = np.full(size.tokens, -1, np.int32)
+    back = _padded([], size.tokens, -1)
     back[chosen] = np.arange(len(chosen))
     return PackedBatch(
         input_ids=_padded(batch.input_ids, size.tokens, 0),

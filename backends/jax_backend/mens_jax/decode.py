@@ -85,7 +85,7 @@ class _Answer(NamedTuple):
 
     cache: _Cache
     tokens: Array
-    count: Array
+    length: Array
     stopped: Array
 
 
@@ -104,21 +104,21 @@ def _generate(
 
     def append(answer: _Answer, cache: _Cache, hidden: Array) -> _Answer:
         token = dot(hidden, model.head.T, jnp.float32).argmax().astype(jnp.int32)
-        tokens = answer.tokens.at[answer.count].set(token)
-        return _Answer(cache, tokens, answer.count + 1, (stops == token).any())
+        tokens = answer.tokens.at[answer.length].set(token)
+        return _Answer(cache, tokens, answer.length + 1, (stops == token).any())
 
     def one_more(answer: _Answer) -> _Answer:
-        last = answer.tokens[answer.count - 1][None]
-        hidden, cache = _extend(model, answer.cache, last, length + answer.count - 1)
+        last = answer.tokens[answer.length - 1][None]
+        hidden, cache = _extend(model, answer.cache, last, length + answer.length - 1)
         return append(answer, cache, hidden[0])
 
     empty, zero = jnp.zeros(cache_shape, model.head.dtype), jnp.zeros((), jnp.int32)
     hidden, cache = _extend(model, _Cache(empty, empty), prompt, zero)
     start = _Answer(cache, jnp.zeros(cache_shape[1], jnp.int32), zero, stopped=zero > 0)
     answer = lax.while_loop(
-        lambda answer: (answer.count < most) & ~answer.stopped, one_more, append(start, cache, hidden[length - 1])
+        lambda answer: (answer.length < most) & ~answer.stopped, one_more, append(start, cache, hidden[length - 1])
     )
-    return answer.tokens, answer.count
+    return answer.tokens, answer.length
 
 
 def _extend(model: Model, cache: _Cache, input_ids: Array, start: Array) -> tuple[Array, _Cache]:

@@ -25,7 +25,7 @@ from flax import nnx
 from jax import Array
 
 from mens_core.errors import ContractError, ModelError
-from mens_jax._arrays import dot
+from mens_jax._arrays import dot, keep
 from mens_jax.quant import NF4Weight, dequantize
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class LoraLinear(nnx.Module):
     def __init__(self, weight: Array | NF4Weight, bias: Array | None, rank: int, scale: float) -> None:
         out, into = weight.shape[-2:][:: -1 if self.transposed else 1]
         stacked = weight.codes.shape[:-1] if isinstance(weight, NF4Weight) else weight.shape[:-2]
-        self.weight, self.rank, self.scale = nnx.Param(weight), rank, scale
+        self.shape, self.rank, self.scale = (out, into), rank, scale
+        self.weight = nnx.Param(weight)
         self.bias = None if bias is None else nnx.Param(bias)
         self.lora_a = nnx.LoRAParam(jnp.zeros((*stacked, rank, into), jnp.float32)) if rank else None
         self.lora_b = nnx.LoRAParam(jnp.zeros((*stacked, out, rank), jnp.float32)) if rank else None
@@ -67,9 +68,10 @@ class LoraLinear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias.get_value()
         if self.lora_a is not None and self.lora_b is not None:
-            down = dot(x, self.lora_a.get_value().astype(x.dtype).T)
-            y = y + self.scale * dot(down, self.lora_b.get_value().astype(x.dtype).T)
-        return y
+            # Scaled while it is narrow, which spares both passes a multiplication as wide as y.
+            down = self.scale * dot(x, self.lora_a.get_value().astype(x.dtype).T)
+            y = y + dot(down, self.lora_b.get_value().astype(x.dtype).T)
+        return keep(y)
 
 
 def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:

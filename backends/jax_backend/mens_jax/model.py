@@ -20,9 +20,10 @@ from jax import Array
 
 from mens_core.hf.keymap import linear_shapes
 from mens_jax._arrays import dot
-from mens_jax._blocks import Embedding, Gpt2Decoder, LlamaDecoder, Parts, scan_blocks
+from mens_jax._blocks import Gpt2Decoder, LlamaDecoder, scan_blocks
 from mens_jax._names import stacked_name
 from mens_jax._packing import Rows
+from mens_jax._parts import Embedding, Parts
 from mens_jax.attention import packed_attention
 from mens_jax.lora import select_targets
 from mens_jax.weights import load_base
@@ -58,7 +59,8 @@ class Model(nnx.Module):
     @property
     def head(self) -> Array:
         """(V, D), the output projection; the embedding where the two are tied."""
-        return (self.lm_head or self.decoder.table).weight.get_value()
+        table: Array = (self.lm_head or self.decoder.table).weight.get_value()
+        return table
 
 
 def load_model(plan: ExecutionPlan) -> Model:
@@ -101,9 +103,13 @@ def hidden_states(model: Model, input_ids: Array, positions: Array, rows: Rows) 
 
 
 def logits(model: Model, input_ids: Array, positions: Array, rows: Rows, keep: Array) -> Array:
-    """Logits of chosen positions; the other arguments are those of ``hidden_states``.
+    """Logits of chosen positions.
 
     Args:
+        model: from ``load_model``.
+        input_ids: (T,) int32.
+        positions: (T,) int32, restarting with each row.
+        rows: where each row lies.
         keep: (K,) int32, indices into the T positions.
 
     Returns:

@@ -33,10 +33,24 @@ _Floats: TypeAlias = NDArray[np.float32]
 
 # Dettmers et al. 2023, appendix E.
 _CODEBOOK = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
-    + [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
-    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
     np.float32,
 )
 _MIDDLES = (_CODEBOOK[:-1] + _CODEBOOK[1:]) / np.float32(2)
@@ -96,14 +110,13 @@ def quantize(weight: Array, spec: NF4Spec) -> NF4Weight:
             where=f"weight of shape {tuple(weight.shape)}",
             expected="finite numbers only",
         )
-    codes, absmax = _quantize_blocks(values, spec.block_size)
-    nested = _quantize_scales(absmax) if spec.double_quant else (absmax, None, None)
-    absmax, nested_absmax, offset = (None if part is None else jnp.asarray(part) for part in nested)
+    codes, scales = _quantize_blocks(values, spec.block_size)
+    absmax, nested_absmax, offset = _quantize_scales(scales) if spec.double_quant else (scales, None, None)
     return NF4Weight(
         codes=jnp.asarray(codes),
-        absmax=absmax,
-        nested_absmax=nested_absmax,
-        offset=offset,
+        absmax=jnp.asarray(absmax),
+        nested_absmax=None if nested_absmax is None else jnp.asarray(nested_absmax),
+        offset=None if offset is None else jnp.asarray(offset),
         shape=tuple(weight.shape),
         spec=spec,
     )
@@ -174,7 +187,7 @@ def _quantize_blocks(values: _Floats, block_size: int) -> tuple[NDArray[np.uint8
         # A value on the middle between two codes takes the lower one.
         for middle in _MIDDLES:
             codes[start : start + part.size] += part > middle
-    return codes[::2] << 4 | codes[1::2], absmax
+    return (codes[::2] << np.uint8(4)) | codes[1::2], absmax.astype(np.float32, copy=False)
 
 
 def _quantize_scales(absmax: _Floats) -> tuple[NDArray[np.uint8], _Floats, np.float32]:
@@ -194,7 +207,7 @@ def _quantize_scales(absmax: _Floats) -> tuple[NDArray[np.uint8], _Floats, np.fl
 
 @functools.cache
 def _dynamic_map() -> _Floats:
-    """Bitsandbytes' signed 8-bit map: seven decades of evenly spaced values (Dettmers 2016, arXiv:1511.04561)."""
+    """The signed 8-bit map of bitsandbytes: seven decades of even steps (Dettmers 2016, arXiv:1511.04561)."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = _linspace(2**exponent + 1)

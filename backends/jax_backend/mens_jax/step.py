@@ -47,6 +47,10 @@ __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "st
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+# Logits that may exist at the same time, in numbers, and positions that are never too many. XLA's products are
+# the faster the more positions share a pass over the head.
+_MOST_LOGITS, _LEAST_CHUNK = 1 << 25, 128
+
 # Dettmers et al. 2023 and every peer; part of the hooks' contract.
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
@@ -189,7 +193,7 @@ def restore(session: Session, state: TrainingState) -> Session:
     Raises:
         ModelError: listing every name that is missing, unknown or of another shape; the session is then unchanged.
     """
-    wanted = {name: stack.shape[1:] for name, (stack, _) in _places(session, session.trained.adapter).items()}
+    wanted = {name: whole.shape[1:] for name, (whole, _) in _places(session, session.trained.adapter).items()}
     problems = _misfits(wanted, state.adapter)
     if state.optimizer:
         moments = {f"{name}.{moment}": shape for name, shape in wanted.items() for moment in _MOMENTS}
@@ -217,7 +221,8 @@ def _loss_sum(adapter: nnx.State, graph: nnx.GraphDef[Model], frozen: nnx.State,
     """Sum of the supervised tokens' cross-entropies, () float32."""
     model = nnx.merge(graph, adapter, frozen)
     hidden = hidden_states(model, batch.input_ids, batch.positions, batch.rows)
-    return supervised_loss(take(hidden, batch.keep, batch.back), model.head, batch.targets)
+    chosen = take(hidden, batch.keep, batch.back)
+    return supervised_loss(chosen, model.head, batch.targets, max(_LEAST_CHUNK, _MOST_LOGITS // len(model.head)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -236,7 +241,8 @@ def _step(
     def add(index: Array, sums: tuple[Array, nnx.State]) -> tuple[Array, nnx.State]:
         batch = jax.tree.map(lambda part: part[index], window)
         found = jax.value_and_grad(_loss_sum)(trained.adapter, graph, frozen, batch)
-        return jax.tree.map(jnp.add, sums, found)
+        added: tuple[Array, nnx.State] = jax.tree.map(jnp.add, sums, found)
+        return added
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained.adapter))
     loss_sum, gradient = lax.fori_loop(0, batches, add, zeros)
@@ -263,7 +269,7 @@ def _adamw(trained: _Trained, gradient: nnx.State, learning_rate: Array, weight_
     return _Trained(adapter, optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
 
 
-def _places(session: Session, tree: nnx.State) -> dict[str, tuple[Any, int]]:
+def _places(session: Session, tree: nnx.State) -> dict[str, tuple[Any, int | None]]:
     """Shared name → (stack that holds the array, its layer)."""
     stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(tree)}
     places = {}
@@ -276,15 +282,15 @@ def _places(session: Session, tree: nnx.State) -> dict[str, tuple[Any, int]]:
 
 def _copied_out(session: Session, tree: nnx.State) -> dict[str, NDArray[np.float32]]:
     host = jax.tree.map(np.asarray, tree)
-    return {name: np.array(stack[layer]) for name, (stack, layer) in _places(session, host).items()}
+    return {name: np.array(whole[layer]) for name, (whole, layer) in _places(session, host).items()}
 
 
 def _put_in(session: Session, arrays: Mapping[str, NDArray[np.float32]], suffix: str) -> nnx.State:
     """A tree like the adapter with the given arrays; zero where there are none."""
     tree: nnx.State = jax.tree.map(lambda part: np.zeros(part.shape, part.dtype), session.trained.adapter)
-    for name, (stack, layer) in _places(session, tree).items():
+    for name, (whole, layer) in _places(session, tree).items():
         if f"{name}{suffix}" in arrays:
-            stack[layer] = arrays[f"{name}{suffix}"]
+            whole[layer] = arrays[f"{name}{suffix}"]
     return tree
 
 

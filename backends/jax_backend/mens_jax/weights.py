@@ -110,7 +110,7 @@ class _Reader:
 
     def read(self, names: Sequence[str]) -> Array | NF4Weight:
         """One tensor, or the tensors of all layers stacked."""
-        stacked, layer = stacked_name(names[0])
+        _, layer = stacked_name(names[0])
         if self.plan.contract.adapter.method == "qlora" and names[0] in self.linears:
             weights = [self._quantize(name) for name in names]
             return jax.tree.map(lambda *parts: jax.numpy.stack(parts), *weights)  # type: ignore[no-any-return]

@@ -138,14 +138,16 @@ def import_weight(record: QuantizedWeight, device: str) -> NF4Weight:
 
 @cache
 def _bitsandbytes() -> Any:
-    # Imported on use: it loads native code, and a plain LoRA run needs none of it. On some processors it then
-    # regrets aloud that a kernel is missing; that kernel is never called here.
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    log.disabled = True
+    # While it is imported it looks for a matrix product for AVX-512 in a package that is rarely there, and warns.
+    # We multiply by the dequantised weight and use no product of its own.
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
+        # Imported on use: it loads native code, and a plain LoRA run needs none of it.
         import bitsandbytes.functional  # noqa: PLC0415
     finally:
-        log.disabled = False
+        logger.setLevel(level)
     return bitsandbytes.functional
 
 
