@@ -28,6 +28,8 @@ from mens_jax.model import Model
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
+
     from mens_core.exchange import GenerateSettings
     from mens_jax.step import Session
 
@@ -63,14 +65,21 @@ def generate(session: Session, prompt: Sequence[int], settings: GenerateSettings
         session.graph,
         (layout.num_layers, max(width, rounded_up(longest)), layout.num_kv_heads, layout.head_dim),
         session.frozen,
-        session.trained.adapter,
+        session.unravel(session.trained.adapter),
         ids,
         np.int32(len(prompt)),
         np.int32(settings.max_new_tokens),
-        np.asarray(settings.stop_tokens, np.int32),
+        _stops(settings.stop_tokens),
     )
     found: list[int] = np.asarray(tokens)[: int(count)].tolist()
     return found
+
+
+def _stops(tokens: tuple[int, ...]) -> NDArray[np.int32]:
+    """Filled up with what is no token, so that the number of stop tokens is not compiled in."""
+    stops = np.full(-(-max(1, len(tokens)) // 8) * 8, -1, np.int32)
+    stops[: len(tokens)] = tokens
+    return stops
 
 
 class _Cache(NamedTuple):

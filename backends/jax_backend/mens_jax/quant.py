@@ -122,6 +122,7 @@ def quantize(weight: Array, spec: NF4Spec) -> NF4Weight:
     )
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(weight: NF4Weight, dtype: Any) -> Array:
     """Codebook value times the block's absmax, in float32, then rounded to ``dtype``.
 
@@ -236,17 +237,21 @@ def _linspace(count: int) -> _Floats:
 def _torch_sum(values: _Floats) -> np.float32:
     """``torch.sum`` on one x86 thread, in its order of summation, on which the last bits of the mean depend.
 
-    Eight lanes times four accumulators run down the values; each is summed in cascades of 2^p, then the four are
-    added, then the rest, then the lanes (PyTorch, aten/src/ATen/native/cpu/SumKernel.cpp). From 32768 values on
-    PyTorch splits the sum over its threads; this is the result of one.
+    Eight lanes (one below eight values) times four accumulators run down the values; each is summed in cascades of
+    2^p, then come the rest, the sum of the four, and the sum of the lanes (PyTorch,
+    aten/src/ATen/native/cpu/SumKernel.cpp). From 32768 values on PyTorch splits the sum over its threads; this is
+    the result of one.
     """
-    lanes = values[: values.size // 8 * 8].reshape(-1, 8)
-    fours = lanes[: len(lanes) // 4 * 4].reshape(-1, 32)
-    total = _cascade(fours).reshape(4, 8)
-    for row in lanes[len(lanes) // 4 * 4 :]:
-        total[0] += row
-    accumulated = total[0] + total[1] + total[2] + total[3]
-    return functools.reduce(np.add, [*values[lanes.size :], *accumulated], np.float32(0))
+    width = 8 if values.size >= 8 else 1
+    lanes = values[: values.size // width * width].reshape(-1, width)
+    whole = len(lanes) // 4 * 4
+    four = _cascade(lanes[:whole].reshape(-1, 4 * width)).reshape(4, width)
+    for row in lanes[whole:]:
+        four[0] += row
+    total: np.float32 = functools.reduce(
+        np.add, [*values[lanes.size :], *functools.reduce(np.add, four)], np.float32(0)
+    )
+    return total
 
 
 def _cascade(rows: _Floats) -> _Floats:

@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import attrs
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
 from mens_core.errors import DataError, ModelError
 from mens_core.exchange import StepMetrics, TrainingState
@@ -35,16 +35,18 @@ from mens_jax.loss import supervised_loss
 from mens_jax.model import Model, hidden_states, load_model, logits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from mens_core.contract import TrainingSpec
     from mens_core.exchange import Batch, BatchShape, ExecutionPlan
 
 __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_Graph: TypeAlias = "nnx.GraphDef[Model]"
+_Unravel: TypeAlias = "Callable[[Array], nnx.State]"
 
 
 # Logits that may exist at the same time, in numbers, and positions that are never too many. XLA's products are
@@ -56,10 +58,19 @@ _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
 class _Trained(NamedTuple):
-    """What a step changes: A and B, stacked, float32; their moments and the number of updates, always in place."""
+    """What a step changes, each tensor's numbers end to end in one vector: XLA compiles one update, not dozens.
 
-    adapter: nnx.State
-    adam: optax.ScaleByAdamState
+    Attributes:
+        adapter: (P,) float32, A and B of every stack.
+        exp_avg: (P,) float32, their first moments.
+        exp_avg_sq: (P,) float32, their second moments.
+        updates: () int32, how many were made.
+    """
+
+    adapter: Array
+    exp_avg: Array
+    exp_avg_sq: Array
+    updates: Array
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -70,6 +81,7 @@ class Session:
         plan: what is being done.
         graph: the model's structure; the arrays are apart, as JAX's transformations want them.
         frozen: the base's arrays.
+        unravel: the adapter's vector to the model's state.
         trained: adapter and optimizer.
         adapted: module paths that carry an adapter, layer by layer.
         buckets: the sizes that batches are filled up to.
@@ -77,8 +89,9 @@ class Session:
     """
 
     plan: ExecutionPlan
-    graph: nnx.GraphDef[Model]
+    graph: _Graph
     frozen: nnx.State
+    unravel: _Unravel
     trained: _Trained
     adapted: tuple[str, ...]
     buckets: Buckets
@@ -100,11 +113,18 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
     with jax.default_device(device):
         model = load_model(plan)
         graph, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
-        trained = _Trained(adapter, optax.scale_by_adam().init(adapter))
+        vector, unravel = ravel_pytree(adapter)
+        trained = _Trained(vector, jnp.zeros_like(vector), jnp.zeros_like(vector), jnp.zeros((), jnp.int32))
     # Committed to their device, so that whatever meets them is computed there.
     frozen, trained = jax.device_put((frozen, trained), device)
     return Session(
-        plan=plan, graph=graph, frozen=frozen, trained=trained, adapted=model.adapted, buckets=Buckets(shape)
+        plan=plan,
+        graph=graph,
+        frozen=frozen,
+        unravel=unravel,
+        trained=trained,
+        adapted=model.adapted,
+        buckets=Buckets(shape),
     )
 
 
@@ -115,7 +135,7 @@ def forward(session: Session, batch: Batch) -> NDArray[np.float32]:
         (T, V) float32.
     """
     packed = fill(batch, session.buckets.fit([batch]))
-    found = _logits(session.graph, session.frozen, session.trained.adapter, packed)
+    found = _logits(session.graph, session.unravel, session.frozen, session.trained.adapter, packed)
     return np.array(found[: len(batch.input_ids)])
 
 
@@ -128,7 +148,7 @@ def loss(session: Session, batch: Batch) -> tuple[float, int]:
     if not batch.supervised_tokens:
         return 0.0, 0
     packed = fill(batch, session.buckets.fit([batch]))
-    total = _loss_sum(session.trained.adapter, session.graph, session.frozen, packed)
+    total = _loss_sum(session.trained.adapter, session.graph, session.unravel, session.frozen, packed)
     return float(total), batch.supervised_tokens
 
 
@@ -152,33 +172,33 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
     batches = [batch for batch in window if batch.supervised_tokens]
     size = session.buckets.fit(batches)
     packed = stack([fill(batch, size) for batch in batches], max(session.buckets.batches, len(batches)))
+    spec = session.plan.contract.training
     session.trained, loss_sum, grad_norm = _step(
         session.graph,
-        session.plan.contract.training,
+        session.unravel,
         session.frozen,
         session.trained,
         packed,
         np.int32(len(batches)),
-        np.float32(supervised),
-        np.float32(learning_rate),
+        np.asarray([supervised, learning_rate, spec.max_grad_norm, spec.weight_decay], np.float32),
     )
     return StepMetrics(loss_sum=loss_sum, grad_norm=grad_norm, supervised_tokens=supervised)
 
 
 def state(session: Session) -> TrainingState:
     """Copy adapter and optimizer out; the copy does not change when training goes on."""
-    adam = session.trained.adam
-    taken = int(adam.count)
+    trained = session.trained
+    taken = int(trained.updates)
     fresh = session.fresh_since is not None and session.fresh_since == taken
-    moments = dict(zip(_MOMENTS, (adam.mu, adam.nu), strict=True))
+    moments = dict(zip(_MOMENTS, (trained.exp_avg, trained.exp_avg_sq), strict=True))
     return TrainingState(
-        adapter=_copied_out(session, session.trained.adapter),
+        adapter=_copied_out(session, trained.adapter),
         optimizer={}
         if fresh
         else {
             f"{name}.{moment}": array
-            for moment, tree in moments.items()
-            for name, array in _copied_out(session, tree).items()
+            for moment, vector in moments.items()
+            for name, array in _copied_out(session, vector).items()
         },
         step=taken,
     )
@@ -193,7 +213,7 @@ def restore(session: Session, state: TrainingState) -> Session:
     Raises:
         ModelError: listing every name that is missing, unknown or of another shape; the session is then unchanged.
     """
-    wanted = {name: whole.shape[1:] for name, (whole, _) in _places(session, session.trained.adapter).items()}
+    wanted = {name: part.shape for name, part in _parts(session, np.asarray(session.trained.adapter)).items()}
     problems = _misfits(wanted, state.adapter)
     if state.optimizer:
         moments = {f"{name}.{moment}": shape for name, shape in wanted.items() for moment in _MOMENTS}
@@ -203,23 +223,23 @@ def restore(session: Session, state: TrainingState) -> Session:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ModelError(f"a saved state does not fit this adapter, {count}:\n{listing}", where=f"step {state.step}")
     adapter = _put_in(session, state.adapter, "")
-    mu, nu = (_put_in(session, state.optimizer, f".{moment}") for moment in _MOMENTS)
-    adam = optax.ScaleByAdamState(count=np.int32(state.step), mu=mu, nu=nu)
-    session.trained = jax.device_put(_Trained(adapter, adam), device_named(session.plan.device))
+    exp_avg, exp_avg_sq = (_put_in(session, state.optimizer, f".{moment}") for moment in _MOMENTS)
+    trained = (adapter, exp_avg, exp_avg_sq, np.int32(state.step))
+    session.trained = _Trained(*jax.device_put(trained, device_named(session.plan.device)))
     session.fresh_since = None if state.optimizer else state.step
     return session
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graph: nnx.GraphDef[Model], frozen: nnx.State, adapter: nnx.State, batch: PackedBatch) -> Array:
-    model, everything = nnx.merge(graph, adapter, frozen), jnp.arange(len(batch.input_ids))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(graph: _Graph, unravel: _Unravel, frozen: nnx.State, adapter: Array, batch: PackedBatch) -> Array:
+    model, everything = nnx.merge(graph, unravel(adapter), frozen), jnp.arange(len(batch.input_ids))
     return logits(model, batch.input_ids, batch.positions, batch.rows, everything)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _loss_sum(adapter: nnx.State, graph: nnx.GraphDef[Model], frozen: nnx.State, batch: PackedBatch) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _loss_sum(adapter: Array, graph: _Graph, unravel: _Unravel, frozen: nnx.State, batch: PackedBatch) -> Array:
     """Sum of the supervised tokens' cross-entropies, () float32."""
-    model = nnx.merge(graph, adapter, frozen)
+    model = nnx.merge(graph, unravel(adapter), frozen)
     hidden = hidden_states(model, batch.input_ids, batch.positions, batch.rows)
     chosen = take(hidden, batch.keep, batch.back)
     return supervised_loss(chosen, model.head, batch.targets, max(_LEAST_CHUNK, _MOST_LOGITS // len(model.head)))
@@ -227,71 +247,80 @@ def _loss_sum(adapter: nnx.State, graph: nnx.GraphDef[Model], frozen: nnx.State,
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _step(
-    graph: nnx.GraphDef[Model],
-    spec: TrainingSpec,
+    graph: _Graph,
+    unravel: _Unravel,
     frozen: nnx.State,
     trained: _Trained,
     window: PackedBatch,
     batches: Array,
-    supervised: Array,
-    learning_rate: Array,
+    numbers: Array,
 ) -> tuple[_Trained, Array, Array]:
-    """The whole step on the device: (trained, loss sum, mean gradient's global norm)."""
+    """The whole step on the device: (trained, loss sum, mean gradient's global norm).
 
-    def add(index: Array, sums: tuple[Array, nnx.State]) -> tuple[Array, nnx.State]:
+    Args:
+        graph: the model's structure, static.
+        unravel: the adapter's vector to the model's state, static.
+        frozen: the base's arrays.
+        trained: donated; its memory is the result's.
+        window: batches one above the other.
+        batches: how many of them count.
+        numbers: supervised tokens, learning rate, max_grad_norm, weight_decay; arguments, so that none of them
+            is compiled in.
+    """
+    supervised, learning_rate, max_grad_norm, weight_decay = numbers
+
+    def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         batch = jax.tree.map(lambda part: part[index], window)
-        found = jax.value_and_grad(_loss_sum)(trained.adapter, graph, frozen, batch)
-        added: tuple[Array, nnx.State] = jax.tree.map(jnp.add, sums, found)
-        return added
+        loss_sum, gradient = jax.value_and_grad(_loss_sum)(trained.adapter, graph, unravel, frozen, batch)
+        return sums[0] + loss_sum, sums[1] + gradient
 
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained.adapter))
-    loss_sum, gradient = lax.fori_loop(0, batches, add, zeros)
-    norm = optax.tree.norm(gradient) / supervised
-    clip = jnp.minimum(1.0, spec.max_grad_norm / norm)
-    gradient = jax.tree.map(lambda part: part * (clip / supervised), gradient)
-    updated = _adamw(trained, gradient, learning_rate, spec.weight_decay)
+    zero = jnp.zeros((), jnp.float32), jnp.zeros_like(trained.adapter)
+    loss_sum, gradient = lax.fori_loop(0, batches, add, zero)
+    norm = jnp.linalg.norm(gradient) / supervised
+    gradient = gradient * (jnp.minimum(1.0, max_grad_norm / norm) / supervised)
+    updated = _adamw(trained, gradient, learning_rate, weight_decay)
     sound = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
     return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, trained), loss_sum, norm
 
 
-def _adamw(trained: _Trained, gradient: nnx.State, learning_rate: Array, weight_decay: float) -> _Trained:
-    mu = optax.tree.update_moment(gradient, trained.adam.mu, _BETA1, 1)
-    nu = optax.tree.update_moment_per_elem_norm(gradient, trained.adam.nu, _BETA2, 2)
-    count = trained.adam.count + 1
+def _adamw(trained: _Trained, gradient: Array, learning_rate: Array, weight_decay: Array) -> _Trained:
+    """Loshchilov & Hutter 2019, algorithm 2, as torch.optim.AdamW computes it."""
+    adapter, updates = trained.adapter, trained.updates + 1
+    exp_avg = _BETA1 * trained.exp_avg + (1 - _BETA1) * gradient
+    exp_avg_sq = _BETA2 * trained.exp_avg_sq + (1 - _BETA2) * gradient * gradient
     # 1 - beta^count, which in float32 would lose five digits to cancellation.
-    correction1, correction2 = (-jnp.expm1(count * jnp.float32(math.log(beta))) for beta in (_BETA1, _BETA2))
-
-    def update(weight: Array, first: Array, second: Array) -> Array:
-        direction = (first / correction1) / (jnp.sqrt(second / correction2) + _EPSILON)
-        return weight - learning_rate * (direction + weight_decay * weight)
-
-    adapter = jax.tree.map(update, trained.adapter, mu, nu)
-    return _Trained(adapter, optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
+    correction1, correction2 = (-jnp.expm1(updates * jnp.float32(math.log(beta))) for beta in (_BETA1, _BETA2))
+    direction = (exp_avg / correction1) / (jnp.sqrt(exp_avg_sq / correction2) + _EPSILON)
+    return _Trained(adapter - learning_rate * (direction + weight_decay * adapter), exp_avg, exp_avg_sq, updates)
 
 
-def _places(session: Session, tree: nnx.State) -> dict[str, tuple[Any, int | None]]:
-    """Shared name → (stack that holds the array, its layer)."""
-    stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(tree)}
-    places = {}
-    for path in session.adapted:
-        stacked, layer = stacked_name(path)
-        for letter in "ab":
-            places[f"{path}.lora_{letter.upper()}.weight"] = (stacks[f"{stacked}.lora_{letter}"], layer)
-    return places
+def _parts(session: Session, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Shared name → view into the vector, in the order of the model's layers."""
+    stacks: dict[str, NDArray[np.float32]] = {}
+    begin = 0
+    for path, leaf in nnx.to_flat_state(jax.eval_shape(session.unravel, vector)):
+        shape = leaf.get_value().shape
+        stacks[".".join(map(str, path))] = vector[begin : begin + math.prod(shape)].reshape(shape)
+        begin += math.prod(shape)
+    places = [(path, *stacked_name(path)) for path in session.adapted]
+    return {
+        f"{path}.lora_{letter.upper()}.weight": stacks[f"{stacked}.lora_{letter}"][layer]
+        for path, stacked, layer in places
+        for letter in "ab"
+    }
 
 
-def _copied_out(session: Session, tree: nnx.State) -> dict[str, NDArray[np.float32]]:
-    host = jax.tree.map(np.asarray, tree)
-    return {name: np.array(whole[layer]) for name, (whole, layer) in _places(session, host).items()}
+def _copied_out(session: Session, vector: Array) -> dict[str, NDArray[np.float32]]:
+    return {name: part.copy() for name, part in _parts(session, np.asarray(vector)).items()}
 
 
-def _put_in(session: Session, arrays: Mapping[str, NDArray[np.float32]], suffix: str) -> nnx.State:
-    """A tree like the adapter with the given arrays; zero where there are none."""
-    tree: nnx.State = jax.tree.map(lambda part: np.zeros(part.shape, part.dtype), session.trained.adapter)
-    for name, (whole, layer) in _places(session, tree).items():
+def _put_in(session: Session, arrays: Mapping[str, NDArray[np.float32]], suffix: str) -> NDArray[np.float32]:
+    """A vector like the adapter's with the given arrays; zero where there are none."""
+    vector = np.zeros(session.trained.adapter.shape, np.float32)
+    for name, part in _parts(session, vector).items():
         if f"{name}{suffix}" in arrays:
-            whole[layer] = arrays[f"{name}{suffix}"]
-    return tree
+            part[...] = arrays[f"{name}{suffix}"]
+    return vector
 
 
 def _misfits(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, NDArray[np.float32]]) -> list[str]:
