@@ -142,8 +142,8 @@ class Buckets:
             if all(tier.holds(size) for size in sizes):
                 return tier
         widest = [max(numbers) for numbers in zip(*(attrs.astuple(size) for size in sizes), strict=True)]
-        rows, longest, tokens, supervised = (rounded_up(number) for number in widest)
-        return Size(rows=rows, longest=longest, tokens=tokens, supervised=supervised)
+        longest, tokens, supervised = (rounded_up(number) for number in widest[1:])
+        return Size(rows=rounded_up(widest[0], 1), longest=longest, tokens=tokens, supervised=supervised)
 
 
 def fill(batch: Batch, size: Size) -> PackedBatch:
@@ -178,6 +178,6 @@ def _up(number: int, multiple: int) -> int:
     return max(1, -(-number // multiple)) * multiple
 
 
-def rounded_up(number: int) -> int:
-    """To four sizes an octave, so that batches of like size share one."""
-    return _up(number, max(1, 1 << max(0, number.bit_length() - 3)))
+def rounded_up(number: int, least: int = _MULTIPLE) -> int:
+    """To one of four sizes an octave and a multiple of ``least``, so that batches of like size share a compilation."""
+    return _up(number, max(least, 1 << max(0, number.bit_length() - 3)))

@@ -65,7 +65,8 @@ def _padded(query: Array, key: Array, value: Array, rows: Rows, window: Array | 
 
     seen = None if window is None else _seen(0, rows.longest, window)[None, None]
     parts = pad(query), pad(key), pad(value)
-    output = jax.nn.dot_product_attention(*parts, mask=seen, is_causal=True, scale=scale)
+    with jax.default_matmul_precision("highest"):
+        output = jax.nn.dot_product_attention(*parts, mask=seen, is_causal=True, scale=scale)
     return take(output.reshape(-1, *query.shape[1:]), slots, from_tokens)
 
 

@@ -22,6 +22,7 @@ import attrs
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
@@ -276,7 +277,7 @@ def _step(
 
     zero = jnp.zeros((), jnp.float32), jnp.zeros_like(trained.adapter)
     loss_sum, gradient = lax.fori_loop(0, batches, add, zero)
-    norm = jnp.linalg.norm(gradient) / supervised
+    norm = optax.tree.norm(gradient) / supervised
     gradient = gradient * (jnp.minimum(1.0, max_grad_norm / norm) / supervised)
     updated = _adamw(trained, gradient, learning_rate, weight_decay)
     sound = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
@@ -286,9 +287,9 @@ def _step(
 def _adamw(trained: _Trained, gradient: Array, learning_rate: Array, weight_decay: Array) -> _Trained:
     """Loshchilov & Hutter 2019, algorithm 2, as torch.optim.AdamW computes it."""
     adapter, updates = trained.adapter, trained.updates + 1
-    exp_avg = _BETA1 * trained.exp_avg + (1 - _BETA1) * gradient
-    exp_avg_sq = _BETA2 * trained.exp_avg_sq + (1 - _BETA2) * gradient * gradient
-    # 1 - beta^count, which in float32 would lose five digits to cancellation.
+    exp_avg = optax.tree.update_moment(gradient, trained.exp_avg, _BETA1, 1)
+    exp_avg_sq = optax.tree.update_moment(gradient, trained.exp_avg_sq, _BETA2, 2)
+    # 1 - beta^updates. optax's own correction takes the difference in float32, which leaves five digits of it.
     correction1, correction2 = (-jnp.expm1(updates * jnp.float32(math.log(beta))) for beta in (_BETA1, _BETA2))
     direction = (exp_avg / correction1) / (jnp.sqrt(exp_avg_sq / correction2) + _EPSILON)
     return _Trained(adapter - learning_rate * (direction + weight_decay * adapter), exp_avg, exp_avg_sq, updates)
