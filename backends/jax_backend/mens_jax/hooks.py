@@ -105,7 +105,7 @@ def mens_restore(session: step.Session, state: TrainingState) -> step.Session:
 
 
 @hookimpl
-def mens_generate(session: step.Session, prompt: Sequence[int], settings: GenerateSettings) -> Sequence[int]:
+def mens_generate(session: step.Session, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
     """See ``mens_core.hookspecs.mens_generate``."""
     return decode.generate(session, prompt, settings)
 
