@@ -47,7 +47,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(width=64, layers=2, heads=4, kv_heads=2, head_dim=16, inner=160, positions=512),
+    "tiny": Size(width=64, layers=2, heads=4, kv_heads=2, head_dim=16, inner=160, positions=1024),
     "small": Size(width=256, layers=6, heads=8, kv_heads=4, head_dim=32, inner=688, positions=1024),
 }
 

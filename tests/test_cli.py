@@ -27,7 +27,7 @@ def test_train_help_shows_every_field_with_its_unit_and_default():
         assert field.metadata.get("flag", f"--{field.name.replace('_', '-')}") in text
         assert f"\n{section}:" in text
     words = " ".join(text.split())
-    assert "Longest row. (tokens; default 512)" in words
+    assert "Longest row. (tokens; default 1024)" in words
     assert "(default 0.0002) [Dettmers et al. 2023" in words
 
 

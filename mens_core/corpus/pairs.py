@@ -33,8 +33,9 @@ SCHEMA_VERSION = "mens.corpus.pairs.v1"
 EVAL_FRACTION = 0.05
 #: Characters of a response below which there is nothing to learn from it.
 MIN_CHARS = 20
-#: Characters of prompt and response together; about 500 tokens of code in a vocabulary made for it.
-MAX_CHARS = 1500
+#: Characters of prompt and response together. With its tags such a row fits the 1024 positions of the lab base,
+#: which reads bytes; in a vocabulary made for code it has some 300 tokens.
+MAX_CHARS = 900
 
 _PARTS = ("train", "eval")
 

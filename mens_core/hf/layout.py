@@ -19,6 +19,15 @@ __all__ = ["FAMILIES", "Layout", "read_layout"]
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 
+# Other families' words for Llama's, so that a backend which knows such a model by other means can be asked.
+_SPELLINGS = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "intermediate_size": ("n_inner", "d_ff", "ffn_dim"),
+    "max_position_embeddings": ("n_positions", "n_ctx", "max_seq_len", "seq_length"),
+}
+
 
 @attrs.frozen(kw_only=True)
 class Layout:
@@ -31,7 +40,7 @@ class Layout:
         family: one of ``FAMILIES``, or None if the core does not know the graph.
         hidden_size: width D of the residual stream.
         num_layers: number of decoder blocks.
-        num_heads: query heads H.
+        num_heads: query heads H; 1 for an unknown family that states none.
         num_kv_heads: key/value heads K.
         head_dim: width E of one head; H·E may differ from D.
         intermediate_size: width F inside the feed-forward part.
@@ -132,14 +141,16 @@ def _gpt2_layout(config: dict[str, Any], path: Path) -> Layout:
 
 
 def _llama_like_layout(config: dict[str, Any], path: Path) -> Layout:
-    number = _Numbers(config, path)
     model_type = config["model_type"]
-    width, heads = number("hidden_size"), number("num_attention_heads")
+    known = model_type in FAMILIES
+    number = _Numbers(config, path, {} if known else _SPELLINGS)
+    # A state-space model has no heads; 1 says so without a special case in what divides by them.
+    width, heads = number("hidden_size"), number("num_attention_heads", None if known else 1)
     bias = bool(config.get("attention_bias", False))
     return _checked(
         Layout(
             model_type=model_type,
-            family=model_type if model_type in FAMILIES else None,
+            family=model_type if known else None,
             hidden_size=width,
             num_layers=number("num_hidden_layers"),
             num_heads=heads,
@@ -163,12 +174,14 @@ def _llama_like_layout(config: dict[str, Any], path: Path) -> Layout:
 class _Numbers:
     """Reads positive whole numbers out of a config, naming the file and key of each bad one."""
 
-    def __init__(self, config: Mapping[str, Any], path: Path) -> None:
-        self.config, self.path = config, path
+    def __init__(
+        self, config: Mapping[str, Any], path: Path, spellings: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
+        self.config, self.path, self.spellings = config, path, spellings or {}
 
     def __call__(self, key: str, default: int | None = None) -> int:
-        value = self.config.get(key)
-        value = default if value is None else value
+        given = (self.config.get(name) for name in (key, *self.spellings.get(key, ())))
+        value = next((number for number in given if number is not None), default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelError(
                 f"config.json has no usable {key}",

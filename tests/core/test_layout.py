@@ -84,6 +84,18 @@ def test_an_unknown_model_type_has_no_family_and_no_key_map(tmp_path):
         tensor_shapes(layout)
 
 
+@pytest.mark.parametrize("model_type", ["bloom", "mamba", "gptj", "opt", "falcon", "gpt_neox"])
+def test_models_the_core_does_not_know_are_read_far_enough_to_ask_a_backend(model_type, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    config.to_json_file(tmp_path / "config.json", use_diff=False)
+    layout = read_layout(tmp_path)
+    assert layout.family is None
+    assert (layout.hidden_size, layout.num_layers) == (config.hidden_size, config.num_hidden_layers)
+    assert layout.vocab_size == config.vocab_size
+
+
 def test_both_spellings_of_the_rotary_parameters_mean_the_same(tmp_path):
     scaling = {"rope_type": "llama3", "factor": 8.0}
     older = {"model_type": "llama", **LLAMA, "rope_theta": 5e5, "rope_scaling": scaling}
