@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
+from numpy.typing import NDArray
 
-from mens_core.hf.layout import FAMILIES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jax import Array
-    from numpy.typing import NDArray
-
-    from mens_core.hf.layout import Layout
+from mens_core.hf.layout import FAMILIES, Layout
 
 __all__ = ["ACTIVATIONS", "activation", "attention_scales", "inverse_frequencies", "obstacle", "windows"]
 

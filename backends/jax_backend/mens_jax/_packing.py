@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import jax
@@ -18,12 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mens_core.exchange import IGNORE
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mens_core.exchange import Batch, BatchShape
+from mens_core.exchange import IGNORE, Batch, BatchShape
 
 __all__ = ["Buckets", "PackedBatch", "Rows", "Size", "fill", "rounded_up", "stack"]
 

@@ -11,27 +11,23 @@ Shape letters: M places of the cache, T tokens, H query heads, K key/value heads
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from numpy.typing import NDArray
 
 from mens_core.errors import DataError
+from mens_core.exchange import GenerateSettings
 from mens_jax._arrays import dot
 from mens_jax._blocks import scan_blocks
 from mens_jax._packing import rounded_up
 from mens_jax.model import Model
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
-
-    from mens_core.exchange import GenerateSettings
-    from mens_jax.step import Session
+from mens_jax.step import Session
 
 __all__ = ["generate"]
 

@@ -18,7 +18,7 @@ NF4 weight is brought back for one layer, twice, and never kept.
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,9 +27,6 @@ from jax import Array
 from mens_core.errors import ContractError, ModelError
 from mens_jax._arrays import dot, keep
 from mens_jax.quant import NF4Weight, dequantize
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["LoraLinear", "merge", "select_targets"]
 

@@ -12,12 +12,13 @@ every layer, the layers in front; ``lora_a`` and ``lora_b`` lie beside it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mens_core.exchange import ExecutionPlan
 from mens_core.hf.keymap import linear_shapes
 from mens_jax._arrays import dot
 from mens_jax._blocks import Gpt2Decoder, LlamaDecoder, scan_blocks
@@ -27,9 +28,6 @@ from mens_jax._parts import Embedding, Parts
 from mens_jax.attention import packed_attention
 from mens_jax.lora import select_targets
 from mens_jax.weights import load_base
-
-if TYPE_CHECKING:
-    from mens_core.exchange import ExecutionPlan
 
 __all__ = ["Model", "hidden_states", "load_model", "logits"]
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import attrs
 import jax
@@ -26,21 +27,15 @@ import optax
 from flax import nnx
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from numpy.typing import NDArray
 
 from mens_core.errors import DataError, ModelError
-from mens_core.exchange import StepMetrics, TrainingState
+from mens_core.exchange import Batch, BatchShape, ExecutionPlan, StepMetrics, TrainingState
 from mens_jax._arrays import device_named, take
 from mens_jax._names import stacked_name
 from mens_jax._packing import Buckets, PackedBatch, fill, stack
 from mens_jax.loss import supervised_loss
 from mens_jax.model import Model, hidden_states, load_model, logits
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from mens_core.exchange import Batch, BatchShape, ExecutionPlan
 
 __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
 

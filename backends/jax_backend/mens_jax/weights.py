@@ -12,7 +12,8 @@ Names and orientation are the checkpoint's own.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -20,18 +21,13 @@ from jax import Array
 
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.errors import ModelError
-from mens_core.exchange import NF4Spec
+from mens_core.exchange import ExecutionPlan, NF4Spec
 from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
+from mens_core.hf.layout import Layout
 from mens_jax._arrays import device_named
 from mens_jax._families import obstacle
 from mens_jax._names import stacked_name
 from mens_jax.quant import NF4Weight, quantize
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mens_core.exchange import ExecutionPlan
-    from mens_core.hf.layout import Layout
 
 __all__ = ["load_base", "unsupported"]
 
