@@ -38,11 +38,12 @@ class Progress:
     seconds: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """The loop's part of the manifest's results."""
+        """The loop's part of the manifest's results; first and last loss are means of a tenth of the steps."""
+        tenth = max(1, len(self.losses) // 10)
         return {
             "optimizer_steps": len(self.losses),
-            "first_loss": self.losses[0],
-            "last_loss": self.losses[-1],
+            "first_loss": sum(self.losses[:tenth]) / tenth,
+            "last_loss": sum(self.losses[-tenth:]) / tenth,
             "tokens_trained": self.tokens,
             "supervised_tokens_trained": self.supervised_tokens,
             "train_seconds": self.seconds,
