@@ -132,6 +132,9 @@ def test_the_v3_manifest_and_the_preflight_agree_with_the_adapter(finished, back
     assert (v3["format"], v3["version"], v3["adapter_method"]) == ("vox_mens_adapter", 3, method)
     assert v3["quant"] == {"base_quant": "nf4" if method == "qlora" else "none", "double_quant": method == "qlora"}
     assert set(v3["layer_order"]) == modules == set(v3["base_key_map"])
+    peft = json.loads((result.output_dir / "adapter_config.json").read_text())
+    assert (v3["rank"], v3["alpha"]) == (peft["r"], peft["lora_alpha"]) == (SETTINGS["rank"], 32)
+    assert isinstance(v3["alpha"], int)
     preflight = json.loads((result.output_dir / "training-preflight.json").read_text())
     assert preflight["execution_kernel"] == f"{backend.name}_{method}"
     assert preflight["contract_digest"] == result.manifest["finetune_contract_digest"]

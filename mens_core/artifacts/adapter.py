@@ -117,6 +117,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def _plain(alpha: float) -> float | int:
+    """A whole alpha as an integer, which is what older readers of both files expect."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def _modules(adapter: Adapter) -> list[str]:
     return [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]
 
@@ -129,7 +134,7 @@ def _peft_config(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
         "base_model_name_or_path": plan.model_name,
         "revision": plan.contract.model.revision,
         "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "lora_alpha": _plain(spec.alpha),
         "lora_dropout": 0.0,
         "use_rslora": spec.rslora,
         "use_dora": False,
@@ -163,6 +168,6 @@ def _v3_manifest(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
         "vocab": plan.layout.vocab_size,
         "d_model": plan.layout.hidden_size,
         "rank": spec.rank,
-        "alpha": spec.alpha,
+        "alpha": _plain(spec.alpha),
         "base_model": plan.model_name,
     }
