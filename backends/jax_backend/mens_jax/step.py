@@ -26,6 +26,7 @@ import optax
 from flax import nnx
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
+from numpy.typing import NDArray
 
 from mens_core.errors import DataError, ModelError
 from mens_core.exchange import StepMetrics, TrainingState
@@ -38,8 +39,6 @@ from mens_jax.model import Model, hidden_states, load_model, logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from numpy.typing import NDArray
 
     from mens_core.exchange import Batch, BatchShape, ExecutionPlan
 
@@ -169,8 +168,8 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
 
 def state(session: Session) -> TrainingState:
     """Copy adapter and optimizer out; the copy does not change when training goes on."""
-    trained, optimizer = session.trained, {}
-    taken = int(trained.updates)
+    trained = session.trained
+    taken, optimizer = int(trained.updates), dict[str, NDArray[np.float32]]()
     if session.fresh_since is None or session.fresh_since != taken:
         for moment, vector in zip(_MOMENTS, (trained.exp_avg, trained.exp_avg_sq), strict=True):
             optimizer |= {f"{name}.{moment}": array for name, array in _copied_out(session, vector).items()}
