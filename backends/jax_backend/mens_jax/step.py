@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import attrs
 import jax
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from mens_core.errors import DataError, ModelError
 from mens_core.exchange import Batch, BatchShape, ExecutionPlan, StepMetrics, TrainingState
+from mens_jax._adamw import Trained, adamw
 from mens_jax._arrays import device_named, take
 from mens_jax._names import stacked_name
 from mens_jax._packing import Buckets, PackedBatch, fill, stack
@@ -44,29 +45,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _Graph: TypeAlias = "nnx.GraphDef[Model]"
 _Unravel: TypeAlias = "Callable[[Array], nnx.State]"
 
-
 # Logits that may exist at the same time, in numbers, and positions that are never too many. XLA's products are
 # the faster the more positions share a pass over the head.
 _MOST_LOGITS, _LEAST_CHUNK = 1 << 25, 128
-
-# Dettmers et al. 2023 and every peer; part of the hooks' contract.
-_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
-
-
-class _Trained(NamedTuple):
-    """What a step changes, each tensor's numbers end to end in one vector: XLA compiles one update, not dozens.
-
-    Attributes:
-        adapter: (P,) float32, A and B of every stack.
-        exp_avg: (P,) float32, their first moments.
-        exp_avg_sq: (P,) float32, their second moments.
-        updates: () int32, how many were made.
-    """
-
-    adapter: Array
-    exp_avg: Array
-    exp_avg_sq: Array
-    updates: Array
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -88,7 +69,7 @@ class Session:
     graph: _Graph
     frozen: nnx.State
     unravel: _Unravel
-    trained: _Trained
+    trained: Trained
     adapted: tuple[str, ...]
     buckets: Buckets
     fresh_since: int | None = 0
@@ -110,7 +91,7 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
         model = load_model(plan)
         graph, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
         vector, unravel = ravel_pytree(adapter)
-        trained = _Trained(vector, jnp.zeros_like(vector), jnp.zeros_like(vector), jnp.zeros((), jnp.int32))
+        trained = Trained(vector, jnp.zeros_like(vector), jnp.zeros_like(vector), jnp.zeros((), jnp.int32))
     # Committed to their device, so that whatever meets them is computed there.
     frozen, trained = jax.device_put((frozen, trained), device)
     return Session(
@@ -184,20 +165,11 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
 def state(session: Session) -> TrainingState:
     """Copy adapter and optimizer out; the copy does not change when training goes on."""
     trained = session.trained
-    taken = int(trained.updates)
-    fresh = session.fresh_since is not None and session.fresh_since == taken
-    moments = dict(zip(_MOMENTS, (trained.exp_avg, trained.exp_avg_sq), strict=True))
-    return TrainingState(
-        adapter=_copied_out(session, trained.adapter),
-        optimizer={}
-        if fresh
-        else {
-            f"{name}.{moment}": array
-            for moment, vector in moments.items()
-            for name, array in _copied_out(session, vector).items()
-        },
-        step=taken,
-    )
+    taken, optimizer = int(trained.updates), dict[str, NDArray[np.float32]]()
+    if session.fresh_since is None or session.fresh_since != taken:
+        for moment, vector in zip(_MOMENTS, (trained.exp_avg, trained.exp_avg_sq), strict=True):
+            optimizer |= {f"{name}.{moment}": array for name, array in _copied_out(session, vector).items()}
+    return TrainingState(adapter=_copied_out(session, trained.adapter), optimizer=optimizer, step=taken)
 
 
 def restore(session: Session, state: TrainingState) -> Session:
@@ -221,7 +193,7 @@ def restore(session: Session, state: TrainingState) -> Session:
     adapter = _put_in(session, state.adapter, "")
     exp_avg, exp_avg_sq = (_put_in(session, state.optimizer, f".{moment}") for moment in _MOMENTS)
     trained = (adapter, exp_avg, exp_avg_sq, np.int32(state.step))
-    session.trained = _Trained(*jax.device_put(trained, device_named(session.plan.device)))
+    session.trained = Trained(*jax.device_put(trained, device_named(session.plan.device)))
     session.fresh_since = None if state.optimizer else state.step
     return session
 
@@ -246,11 +218,11 @@ def _step(
     graph: _Graph,
     unravel: _Unravel,
     frozen: nnx.State,
-    trained: _Trained,
+    trained: Trained,
     window: PackedBatch,
     batches: Array,
     numbers: Array,
-) -> tuple[_Trained, Array, Array]:
+) -> tuple[Trained, Array, Array]:
     """The whole step on the device: (trained, loss sum, mean gradient's global norm).
 
     Args:
@@ -274,20 +246,9 @@ def _step(
     loss_sum, gradient = lax.fori_loop(0, batches, add, zero)
     norm = optax.tree.norm(gradient) / supervised
     gradient = gradient * (jnp.minimum(1.0, max_grad_norm / norm) / supervised)
-    updated = _adamw(trained, gradient, learning_rate, weight_decay)
+    updated = adamw(trained, gradient, learning_rate, weight_decay)
     sound = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
     return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, trained), loss_sum, norm
-
-
-def _adamw(trained: _Trained, gradient: Array, learning_rate: Array, weight_decay: Array) -> _Trained:
-    """Loshchilov & Hutter 2019, algorithm 2, as torch.optim.AdamW computes it."""
-    adapter, updates = trained.adapter, trained.updates + 1
-    exp_avg = optax.tree.update_moment(gradient, trained.exp_avg, _BETA1, 1)
-    exp_avg_sq = optax.tree.update_moment(gradient, trained.exp_avg_sq, _BETA2, 2)
-    # 1 - beta^updates. optax's own correction takes the difference in float32, which leaves five digits of it.
-    correction1, correction2 = (-jnp.expm1(updates * jnp.float32(math.log(beta))) for beta in (_BETA1, _BETA2))
-    direction = (exp_avg / correction1) / (jnp.sqrt(exp_avg_sq / correction2) + _EPSILON)
-    return _Trained(adapter - learning_rate * (direction + weight_decay * adapter), exp_avg, exp_avg_sq, updates)
 
 
 def _parts(session: Session, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
