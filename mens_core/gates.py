@@ -8,6 +8,7 @@ from mens_core.contract import DataSpec
 from mens_core.errors import GateError
 from mens_core.exchange import GateVerdict
 from mens_core.hf.layout import Layout
+from mens_core.text.lab import VOCABULARY_TOKENS
 
 __all__ = ["base_gates", "data_gates", "refuse_failed"]
 
@@ -22,8 +23,8 @@ def base_gates(layout: Layout, model_dir: Path, tokenizer: str) -> tuple[GateVer
         ),
         GateVerdict(
             code="lab_tokenizer_fits",
-            passed=tokenizer != "lab" or layout.vocab_size >= LAB_VOCABULARY,
-            message=f"the lab tokenizer's {LAB_VOCABULARY} ids within {layout.vocab_size} embedding rows",
+            passed=tokenizer != "lab" or layout.vocab_size >= VOCABULARY_TOKENS,
+            message=f"the lab tokenizer's {VOCABULARY_TOKENS} ids within {layout.vocab_size} embedding rows",
         ),
     )
 
@@ -40,9 +41,6 @@ def data_gates(data: DataSpec, layout: Layout) -> tuple[GateVerdict, ...]:
         ),
     )
 
-
-LAB_VOCABULARY = 259
-"""256 bytes and three control tokens, see ``mens_core.text.lab``."""
 
 _MENDS = {
     "train_file_exists": "python -m mens_core corpus pairs <sources> --output <data-dir>",

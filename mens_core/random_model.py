@@ -25,10 +25,10 @@ from mens_core.errors import DataError, ModelError
 from mens_core.hf.keymap import tensor_shapes
 from mens_core.hf.layout import FAMILIES, read_layout
 from mens_core.text.chat import TURN_END, TURN_START
+from mens_core.text.lab import END_OF_TEXT
 
 __all__ = ["SIZES", "Size", "write_random_model"]
 
-_END_OF_TEXT = "<|endoftext|>"
 _INITIAL_STD = 0.02
 _FOLDER_MODE = 0o755  # mkdtemp makes a folder nobody else may enter; a model folder is an ordinary one
 
@@ -115,7 +115,7 @@ def _write_tokenizer(folder: Path, text: Sequence[Path], vocab_size: int, positi
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[_END_OF_TEXT, TURN_START, TURN_END],
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -125,8 +125,8 @@ def _write_tokenizer(folder: Path, text: Sequence[Path], vocab_size: int, positi
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": _END_OF_TEXT,
-            "pad_token": _END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "pad_token": END_OF_TEXT,
             "model_max_length": positions,
         },
     )

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from mens_core.atomic import replacing
 from mens_core.errors import DataError
+from mens_core.text.chat import TURN_END, TURN_START
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -41,7 +42,7 @@ __all__ = [
 
 #: Ids below this number are bytes.
 NUM_BYTES = 256
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 #: In order of their ids, from NUM_BYTES upwards.
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 END_OF_TEXT_ID, TURN_START_ID, TURN_END_ID = range(NUM_BYTES, NUM_BYTES + len(SPECIAL_TOKENS))
