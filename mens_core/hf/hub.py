@@ -36,11 +36,13 @@ def find_model(model: str | None, revision: str | None) -> tuple[str, Path]:
         (name for the manifest, folder).
 
     Raises:
-        ModelError: if the folder does not exist, or the repository cannot be had.
+        ModelError: if the folder does not exist, the repository cannot be had, or what is given a revision has none.
     """
-    if model is None:
+    folder = Path(model).expanduser() if model is not None else None
+    if revision is not None and (folder is None or folder.is_dir()):
+        raise ModelError(f"revision {revision!r} is given, but only a hub id has revisions", where=model or LAB_BASE)
+    if model is None or folder is None:
         return LAB_BASE, Path(str(importlib.resources.files("mens_core"))) / "lab_base"
-    folder = Path(model).expanduser()
     if folder.is_dir():
         return model, folder.resolve()
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/")):

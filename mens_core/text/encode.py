@@ -200,5 +200,10 @@ def _sequence_start(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids a tokenizer's post-processor puts before a sequence, such as Llama's begin-of-text."""
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     framed = tokenizer.encode("a", add_special_tokens=True).ids
-    start = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), 0)
+    start = next((k for k in range(len(framed)) if framed[k : k + len(plain)] == plain), None)
+    if start is None:
+        raise ModelError(
+            "the tokenizer rewrites a sequence when it adds its special tokens, so what stands before it is not known",
+            where=f'"a" gives {plain} without them and {framed} with them',
+        )
     return tuple(framed[:start])

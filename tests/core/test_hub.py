@@ -51,3 +51,9 @@ def test_no_model_is_the_lab_base():
 
 def test_a_folder_is_found_where_it_is(tmp_path):
     assert find_model(str(tmp_path), None) == (str(tmp_path), tmp_path.resolve())
+
+
+@pytest.mark.parametrize("model", [None, "here"])
+def test_a_revision_of_what_has_none_is_an_error(model, tmp_path):
+    with pytest.raises(ModelError, match="only a hub id has revisions"):
+        find_model(str(tmp_path) if model else None, "v2")
