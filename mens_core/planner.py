@@ -20,7 +20,7 @@ from mens_core.artifacts.files import sha256_file
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.backend import Backend
 from mens_core.contract import FineTuneContract
-from mens_core.errors import ContractError, GateError, ModelError
+from mens_core.errors import ContractError, GateError, ModelError, PluginError
 from mens_core.exchange import ExecutionPlan, KernelOffer, Machine
 from mens_core.gates import base_gates, data_gates, refuse_failed
 from mens_core.hf.hub import find_model
@@ -152,8 +152,13 @@ def _choose(contract: FineTuneContract, layout: Layout) -> tuple[tuple[KernelOff
             reason = f"needs {', '.join(info.missing)}: {info.install}"
             offers.append(KernelOffer(kernel=kernel, feasible=False, reason=reason))
             continue
-        backend = load_backend(info.name)
-        offers.append(backend.plan(contract, layout, machine))
+        try:
+            backend = load_backend(info.name)
+            offers.append(backend.plan(contract, layout, machine))
+        except PluginError as error:
+            # One broken plugin must not stop the others; what is wrong with it stays on the plan.
+            offers.append(KernelOffer(kernel=kernel, feasible=False, reason=error.what))
+            continue
         if offers[-1].feasible:
             return tuple(offers), backend
     raise _nothing_feasible(offers, layout)
@@ -163,7 +168,7 @@ def _nothing_feasible(offers: Sequence[KernelOffer], layout: Layout) -> GateErro
     lines = [f"  - {offer.kernel}: {offer.reason}" for offer in offers] or ["  - no backend is installed"]
     return GateError(
         f"no backend can train model_type {layout.model_type!r} as asked:\n" + "\n".join(lines),
-        expected=f"every backend knows {', '.join(FAMILIES)}; torch also what transformers knows",
+        expected=f"{', '.join(FAMILIES)} on torch or jax; torch also takes what transformers knows",
         fix="python -m mens_core backends",
     )
 

@@ -3,24 +3,29 @@
 The broken ones are real distributions: wheels, installed by pip into a temporary directory.
 """
 
+import json
 import subprocess
 import sys
 import zipfile
 
 import attrs
+import numpy as np
 import pytest
 
 import mens_core
+from mens_core.artifacts.tensors import write_tensors
 from mens_core.contract import FineTuneContract
 from mens_core.errors import (
     AmbiguousBackendError,
     BrokenBackendError,
+    GateError,
     HookContractError,
     PluginError,
     UnknownBackendError,
 )
 from mens_core.hf.hub import find_model
 from mens_core.hf.layout import read_layout
+from mens_core.planner import resolve
 from mens_core.plugins import installed_backends, load_backend
 
 HOOK = "from mens_core import hookimpl\n@hookimpl\n"
@@ -158,3 +163,15 @@ def test_records_that_cross_the_hooks_are_frozen():
         record = getattr(mens_core, name)
         if attrs.has(record) and record.__module__ == "mens_core.exchange":
             assert record.__setattr__ is not object.__setattr__, name
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_broken_third_party_does_not_stop_the_automatic_choice_and_stays_on_the_record(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nosuch", **sizes}))
+    write_tensors(tmp_path / "model.safetensors", {"x": np.zeros(1, np.float32)}, {})
+    contract = FineTuneContract.from_fields(trains=False, model=str(tmp_path), tokenizer="lab")
+    with pytest.raises(GateError) as caught:
+        resolve(contract, trains=False)
+    assert "raising_lora: plugin 'raising' of mens-raising 1.0 cannot be imported" in str(caught.value)
+    assert "torch_lora: transformers knows no causal language model" in str(caught.value)
