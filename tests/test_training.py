@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from tolerances import LOGITS
 
 import mens_core
@@ -19,9 +20,10 @@ from mens_core.artifacts.adapter import initial_state, read_adapter
 from mens_core.contract import FineTuneContract
 from mens_core.errors import DataError, GateError, ModelError, RunDirectoryError, TrainingError
 from mens_core.exchange import NF4Spec, TrainingState
+from mens_core.hf.hub import find_model
 from mens_core.hf.layout import FAMILIES
 from mens_core.planner import resolve
-from mens_core.text.encode import TokenRow
+from mens_core.text.encode import Encoder, TokenRow
 from mens_core.text.pack import pack, run_shape
 
 RUNBOOK = {"lora": "burn_lora", "qlora": "candle_qlora"}
@@ -383,10 +385,50 @@ def test_observers_from_plugins_hear_every_event_and_gates_can_refuse(fields, tm
         Planner().plan(**fields)
 
 
-def test_generation_uses_the_adapter(fields):
-    result = Planner().run(**{**fields, "max_steps": 30, "epochs": 30, "learning_rate": 2e-2})
-    with_adapter = mens_core.generate(
-        "Write x.", model=fields["model"], adapter=result.adapter_dir, backend="torch", max_new_tokens=8
+def test_generation_takes_base_and_settings_from_the_run(fields):
+    # A block size of its own, so that a base quantised with the default would answer otherwise.
+    asked = {**fields, "method": "qlora", "block_size": 256, "max_steps": 30, "epochs": 30, "learning_rate": 2e-2}
+    result = Planner().run(**asked)
+    answer = mens_core.generate("Write x.", adapter=result.adapter_dir, backend="torch", max_new_tokens=8)
+    spelled_out = {name: asked[name] for name in ("method", "block_size", "model")}
+    assert answer == mens_core.generate(
+        "Write x.", adapter=result.adapter_dir, backend="torch", max_new_tokens=8, **spelled_out
     )
-    without = mens_core.generate("Write x.", model=fields["model"], backend="torch", max_new_tokens=8)
-    assert with_adapter != without
+    assert answer != mens_core.generate("Write x.", model=fields["model"], backend="torch", max_new_tokens=8)
+
+
+def test_an_adapter_without_a_manifest_is_read_from_pefts_config(fields):
+    result = Planner().run(**{**fields, "targets": ("q_proj", "v_proj")})
+    whole = mens_core.generate("Write x.", adapter=result.adapter_dir, backend="torch", max_new_tokens=8)
+    (result.output_dir / "training_manifest.json").unlink()
+    assert mens_core.generate("Write x.", adapter=result.adapter_dir, backend="torch", max_new_tokens=8) == whole
+
+
+@pytest.mark.parametrize("change", [{"alpha_pattern": {"q_proj": 7}}, {"use_dora": True}, {"bias": "all"}])
+def test_an_adapter_that_is_more_than_lora_is_refused(fields, change):
+    result = Planner().run(**fields)
+    (result.output_dir / "training_manifest.json").unlink()
+    path = result.adapter_dir / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=next(iter(change))):
+        mens_core.generate("Write x.", adapter=result.adapter_dir, backend="torch")
+
+
+def test_an_answer_ends_at_an_end_tag_that_is_spelled_in_several_tokens(fields, tmp_path):
+    def forget_tags(folder):
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if "im_" not in token["content"]]
+        for tag in ("<|im_start|>", "<|im_end|>"):
+            tokenizer["model"]["vocab"].pop(tag, None)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    # The lab base, because a random one cannot learn an answer by heart.
+    model = _changed_model(find_model(None, None)[1], tmp_path / "untagged", forget_tags)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"prompt": "q", "response": "ab"}\n' * 2)
+    steps = {"max_steps": 60, "epochs": 60, "grad_accum": 1}
+    result = Planner().run(**{**fields, "model": model, "data_dir": data, **steps})
+    assert len(Encoder(Tokenizer.from_file(f"{model}/tokenizer.json")).stop_tokens()) == 1  # the end of the text alone
+    assert result.losses[-1] < 0.1
+    assert mens_core.generate("q", adapter=result.adapter_dir, backend="torch", max_new_tokens=60) == "ab"

@@ -39,6 +39,16 @@ V3_MANIFEST = "populi_adapter_manifest_v3.json"
 
 _PEFT_PREFIX = "base_model.model."
 
+# What would change the result and is not computed here; read over, it would give wrong answers in silence.
+_PLAIN_LORA: dict[str, Any] = {
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+}
+
 Adapter = Mapping[str, NDArray[np.float32]]
 
 
@@ -113,6 +123,13 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ModelError(
             f"{ADAPTER_CONFIG} does not describe a LoRA adapter", where=path, expected='"peft_type": "LORA"'
+        )
+    beyond = [name for name, plain in _PLAIN_LORA.items() if (config.get(name) or plain) != plain]
+    if beyond:
+        raise ModelError(
+            f"the adapter is more than plain LoRA: {', '.join(f'{name} = {config[name]!r}' for name in beyond)}",
+            where=path,
+            expected="one rank and one alpha for all layers, no bias, no DoRA, no modules saved whole",
         )
     return config
 
