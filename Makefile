@@ -16,7 +16,7 @@ check: $(VENV)/.dev          ## format, lint, types, layers
 test: check                  ## everything
 	$(BIN)/python -m pytest
 
-demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a few minutes
+demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a minute or two
 	$(BIN)/python examples/quickstart.py
 
 bench: $(VENV)/.dev          ## the measurements of benchmarks/README.md
