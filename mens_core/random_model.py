@@ -23,7 +23,7 @@ from mens_core.artifacts.files import write_json
 from mens_core.artifacts.tensors import write_tensors
 from mens_core.errors import DataError, ModelError
 from mens_core.hf.keymap import tensor_shapes
-from mens_core.hf.layout import FAMILIES, read_layout
+from mens_core.hf.layout import GRAPHS, read_layout
 from mens_core.text.chat import TURN_END, TURN_START
 from mens_core.text.lab import END_OF_TEXT
 
@@ -61,7 +61,7 @@ def write_random_model(
 
     Args:
         output: a folder that does not exist yet, or is empty.
-        arch: one of ``FAMILIES``.
+        arch: one of ``GRAPHS``.
         size: a name in ``SIZES``.
         text: UTF-8 files the tokenizer is trained on.
         vocab_size: most tokens of the vocabulary, at least 259 (256 bytes and three control tokens).
@@ -71,8 +71,8 @@ def write_random_model(
         ModelError: an unknown architecture or size, or the folder is in use.
         DataError: a text file is missing or none is given.
     """
-    if arch not in FAMILIES:
-        raise ModelError(f"there is no architecture {arch!r}", expected=f"one of {', '.join(FAMILIES)}")
+    if arch not in GRAPHS:
+        raise ModelError(f"there is no architecture {arch!r}", expected=f"one of {', '.join(GRAPHS)}")
     if size not in SIZES:
         raise ModelError(f"there is no size {size!r}", expected=f"one of {', '.join(SIZES)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mens_core import write_random_model
-from mens_core.hf.layout import FAMILIES
+from mens_core.hf.layout import GRAPHS
 from mens_core.plugins import load_backend
 
 # Tiny matrices gain nothing from a second thread, and waiting for one that shares its core costs a hundredfold.
@@ -37,9 +37,9 @@ def model_dirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     text = folder / "text.py"
     text.write_text(inspect.getsource(statistics), encoding="utf-8")
-    for family in FAMILIES:
+    for family in GRAPHS:
         write_random_model(folder / family, arch=family, text=[text], seed=7)
-    return {family: folder / family for family in FAMILIES}
+    return {family: folder / family for family in GRAPHS}
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from mens_core.contract import FineTuneContract
 from mens_core.errors import DataError, GateError, ModelError, RunDirectoryError, TrainingError
 from mens_core.exchange import NF4Spec, TrainingState
 from mens_core.hf.hub import find_model
-from mens_core.hf.layout import FAMILIES
+from mens_core.hf.layout import GRAPHS
 from mens_core.planner import resolve
 from mens_core.text.encode import Encoder, TokenRow
 from mens_core.text.pack import pack, run_shape
@@ -49,7 +49,7 @@ def _events(folder):
     return [json.loads(line) for line in (folder / "telemetry.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=GRAPHS)
 def family(request):
     return request.param
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import mens_core
 from mens_core import report
-from mens_core.hf.layout import FAMILIES
+from mens_core.hf.layout import GRAPHS
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``init-model``."""
-    parser.add_argument("--arch", required=True, metavar="|".join(FAMILIES), help="architecture")
+    parser.add_argument("--arch", required=True, metavar="|".join(GRAPHS), help="architecture")
     parser.add_argument(
         "--size",
         default="tiny",

@@ -15,9 +15,11 @@ import attrs
 
 from mens_core.errors import ModelError
 
-__all__ = ["FAMILIES", "Layout", "read_layout"]
+__all__ = ["FAMILIES", "GRAPHS", "Layout", "read_layout"]
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
+GRAPHS = ("gpt2", "llama", "qwen2", "qwen3")
+"""Families whose whole graph the core describes; ``init-model`` and the JAX backend build these."""
 
 # Other families' words for Llama's, so that a backend which knows such a model by other means can be asked.
 _SPELLINGS = {

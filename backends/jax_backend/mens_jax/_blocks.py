@@ -11,6 +11,7 @@ runs it. Shape letters: T tokens, D width, H query heads, K key/value heads, E h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -31,6 +32,16 @@ Attend: TypeAlias = Callable[[Array, Array, Array, float, "Array | None"], Array
 
 Rotary: TypeAlias = tuple[Array, Array]
 """Cosines and sines of each position's angles, (T, 1, E), in the base's format."""
+
+_tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
 
 
 class Gpt2Attention(nnx.Module):
@@ -86,7 +97,7 @@ class Gpt2Mlp(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(T, D) to (T, D)."""
-        return self.c_proj(_families.ACTIVATIONS[self.activation](self.c_fc(x)))
+        return self.c_proj(_ACTIVATIONS[self.activation](self.c_fc(x)))
 
 
 class LlamaMlp(nnx.Module):
@@ -98,7 +109,7 @@ class LlamaMlp(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """(T, D) to (T, D)."""
-        return self.down_proj(_families.ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 class Gpt2Block(nnx.Module):

@@ -1,33 +1,21 @@
-"""What config.json asks of a decoder beyond its sizes, and which of it this backend can do.
+"""What config.json asks of a decoder beyond its sizes, and which of it this backend can do; imports no JAX.
 
 Source of every rule: transformers' modeling and configuration files of the four families, version 5.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-from jax import Array
 from numpy.typing import NDArray
 
-from mens_core.hf.layout import FAMILIES, Layout
+from mens_core.hf.layout import GRAPHS, Layout
 
 __all__ = ["ACTIVATIONS", "activation", "attention_scales", "inverse_frequencies", "obstacle", "windows"]
 
-_tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-}
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 _ROPES = {
     "default": (),
     "linear": ("factor",),
@@ -84,8 +72,8 @@ def inverse_frequencies(layout: Layout) -> NDArray[np.float32]:
 
 def obstacle(layout: Layout) -> str | None:
     """What of this model the backend does not do, in one sentence; None if it does all of it."""
-    if layout.family is None:
-        known = ", ".join(FAMILIES)
+    if layout.family not in GRAPHS:
+        known = ", ".join(GRAPHS)
         return f"JAX has no graph for model_type {layout.model_type!r}, only for {known}; the torch backend may have"
     if layout.config.get("quantization_config"):
         return "the base is stored quantised already; give the checkpoint it was made from"
