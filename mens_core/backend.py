@@ -6,6 +6,7 @@ reported at the call, with the plugin's name and version, and not three modules 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from mens_core.contract import FineTuneContract
 from mens_core.errors import HookContractError
 from mens_core.exchange import (
+    MEMORY_PARTS,
+    BaseWeights,
     Batch,
     BatchShape,
     ExecutionPlan,
@@ -28,6 +31,7 @@ from mens_core.exchange import (
     QuantizedWeight,
     StepMetrics,
     TrainingState,
+    Workload,
 )
 from mens_core.hf.layout import Layout
 
@@ -53,9 +57,24 @@ class Backend:
     plugin: str
     manager: pluggy.PluginManager
 
-    def plan(self, contract: FineTuneContract, layout: Layout, machine: Machine) -> KernelOffer:
+    def plan(
+        self,
+        contract: FineTuneContract,
+        layout: Layout,
+        machine: Machine,
+        weights: BaseWeights,
+        workload: Workload | None,
+    ) -> KernelOffer:
         """``mens_plan``."""
-        offer = self._call("mens_plan", KernelOffer, contract=contract, layout=layout, machine=machine)
+        offer = self._call(
+            "mens_plan",
+            KernelOffer,
+            contract=contract,
+            layout=layout,
+            machine=machine,
+            weights=weights,
+            workload=workload,
+        )
         expected = f"{self.name}_{contract.adapter.method}"
         if offer.kernel != expected:
             self._broken("mens_plan", f"offers kernel {offer.kernel!r}, expected {expected!r}")
@@ -63,6 +82,11 @@ class Backend:
             self._broken("mens_plan", "a feasible offer must name its device and dtype")
         if not offer.feasible and not offer.reason:
             self._broken("mens_plan", "an offer that is not feasible must give its reason")
+        for part, size in offer.memory.items():
+            if part not in MEMORY_PARTS or size < 0:
+                self._broken("mens_plan", f"memory part {part!r} of {size} bytes, expected {', '.join(MEMORY_PARTS)}")
+        if offer.seconds_per_step is not None and not (0 < offer.seconds_per_step < math.inf):
+            self._broken("mens_plan", f"{offer.seconds_per_step} seconds a step, expected a positive number")
         return offer
 
     def gates(self, contract: FineTuneContract, plan: ExecutionPlan) -> tuple[GateVerdict, ...]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE",
+    "MEMORY_PARTS",
+    "BaseWeights",
     "Batch",
     "BatchShape",
     "ExecutionPlan",
@@ -31,22 +33,105 @@ __all__ = [
     "Machine",
     "NF4Spec",
     "QuantizedWeight",
+    "Speed",
     "StepMetrics",
     "TrainingState",
+    "Workload",
 ]
 
 IGNORE = -100
 """Target of a position that is not supervised, as in torch's cross-entropy."""
 
 
+MEMORY_PARTS = (
+    "framework",
+    "base",
+    "quantised_base",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "loading",
+)
+"""What an offer's memory may consist of; ``loading`` is what loading needs beyond what training then holds."""
+
+
+@attrs.frozen(kw_only=True)
+class Speed:
+    """How fast one kernel ran on this machine, see ``mens_core.costs``.
+
+    Attributes:
+        seconds: name of a cost → seconds per unit of it.
+        source: when and how it was measured, for people.
+    """
+
+    seconds: Mapping[str, float]
+    source: str
+
+
 @attrs.frozen(kw_only=True)
 class Machine:
-    """What can be learned of this machine without a tensor library."""
+    """What can be learned of this machine without a tensor library.
+
+    Attributes:
+        platform: operating system and architecture.
+        processor: the CPU's name.
+        python: version of the interpreter.
+        cpu_count: processors this process may use.
+        memory_bytes: memory this process may use: the machine's, or its control group's if that is less.
+        accelerators: drivers of accelerators that the system shows, such as ``nvidia``; with none of them a backend
+            need not load its framework to know that it runs on the CPU.
+        speeds: ``<kernel> <device> <dtype>`` → speed, as far as it was measured here.
+    """
 
     platform: str
+    processor: str
     python: str
     cpu_count: int
     memory_bytes: int
+    accelerators: tuple[str, ...] = ()
+    speeds: Mapping[str, Speed] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class BaseWeights:
+    """What the headers of the base's files say.
+
+    Attributes:
+        parameters: numbers in all tensors.
+        stored_bytes: what they take on disk.
+        linears: module path → (out, in) of every linear layer of the decoder; the head is not one.
+    """
+
+    parameters: int
+    stored_bytes: int
+    linears: Mapping[str, tuple[int, int]]
+
+
+@attrs.frozen(kw_only=True)
+class Workload:
+    """What a run will ask of a backend; exact, or estimated from a sample of the rows.
+
+    Attributes:
+        shape: the largest batch, which decides memory.
+        batches: batches of an optimizer step, on average.
+        tokens: tokens of an optimizer step, on average.
+        supervised: supervised tokens of an optimizer step, on average.
+        pairs: sum of the squared row lengths of an optimizer step, on average.
+        rows: rows that are trained on.
+        steps: optimizer steps of the run.
+        source: where the numbers come from, for people.
+    """
+
+    shape: BatchShape
+    batches: float
+    tokens: float
+    supervised: float
+    pairs: float
+    rows: int
+    steps: int
+    source: str
 
 
 @attrs.frozen(kw_only=True)
@@ -59,6 +144,11 @@ class KernelOffer:
         reason: why not, one sentence with what would change it; None if feasible.
         device: the device it would use, such as ``cpu`` or ``cuda:0``; empty if not feasible.
         dtype: ``float32`` or ``bfloat16``; empty if not feasible.
+        capacity_bytes: memory of the device; 0 if not feasible.
+        memory: part, out of ``MEMORY_PARTS``, → bytes; the sum is the highest demand on the device (on a CPU, of the
+            whole process). Empty if the backend does not estimate it.
+        seconds_per_step: of an optimizer step once it runs evenly; None if the backend does not estimate it.
+        seconds_source: where that number comes from.
     """
 
     kernel: str
@@ -66,6 +156,15 @@ class KernelOffer:
     reason: str | None = None
     device: str = ""
     dtype: str = ""
+    capacity_bytes: int = 0
+    memory: Mapping[str, int] = attrs.field(factory=dict)
+    seconds_per_step: float | None = None
+    seconds_source: str = ""
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Highest demand on the device; None if it was not estimated."""
+        return sum(self.memory.values()) if self.memory else None
 
 
 @attrs.frozen(kw_only=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mens_core.contract import FineTuneContract
     from mens_core.exchange import (
+        BaseWeights,
         Batch,
         BatchShape,
         ExecutionPlan,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         QuantizedWeight,
         StepMetrics,
         TrainingState,
+        Workload,
     )
     from mens_core.hf.layout import Layout
 
@@ -46,15 +48,21 @@ hookimpl = pluggy.HookimplMarker("mens_core")
 
 
 @hookspec(firstresult=True)
-def mens_plan(contract: FineTuneContract, layout: Layout, machine: Machine) -> KernelOffer | None:
-    """Say whether this backend can do the run, and on which device in which number format.
+def mens_plan(
+    contract: FineTuneContract, layout: Layout, machine: Machine, weights: BaseWeights, workload: Workload | None
+) -> KernelOffer | None:
+    """Say whether this backend can do the run, on which device, in which number format, and what it will cost.
 
     Called once per plan, before any weight is read. Must not read weights, write files or allocate on a device.
+    A backend may keep it in a module of its own, an entry point of the same name in the group ``mens_core.offers``;
+    planning then loads that module and not the backend, so that a plan need not wait for a framework.
 
     Args:
         contract: what is asked for; ``contract.adapter.method`` decides the kernel.
         layout: the base model's numbers; ``layout.family`` is None for a model type the core does not know.
         machine: what the core knows of this machine.
+        weights: what the headers of the base's files say.
+        workload: how much there is to train on; None where nothing is trained.
 
     Returns:
         An offer. "No" is an offer with ``feasible=False`` and a reason, never an exception.

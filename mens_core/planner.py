@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,28 @@ from typing import Any
 import attrs
 
 from mens_core.artifacts.files import sha256_file
+from mens_core.artifacts.header import TensorInfo
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.backend import Backend
 from mens_core.contract import FineTuneContract
+from mens_core.corpus.rows import sample_rows
 from mens_core.errors import ContractError, GateError, ModelError, PluginError
-from mens_core.exchange import ExecutionPlan, KernelOffer, Machine
+from mens_core.exchange import BaseWeights, ExecutionPlan, KernelOffer, Workload
 from mens_core.gates import base_gates, data_gates, refuse_failed
 from mens_core.hf.hub import find_model
+from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import FAMILIES, Layout, read_layout
+from mens_core.machine import this_machine
 from mens_core.plugins import installed_backends, load_backend
+from mens_core.text.encode import Encoder, encode_rows, open_tokenizer
+from mens_core.text.workload import workload
 from mens_core.training.run import RunResult, run_plan
 from mens_core.training.telemetry import Observer
 
 __all__ = ["Planner", "resolve"]
 
+# Rows that are tokenised to learn how long a run's rows are; 256 of them take a few hundredths of a second.
+_SAMPLED_ROWS = 256
 _RUNBOOK_KERNELS = {"lora": "burn_lora", "qlora": "candle_qlora"}
 
 
@@ -91,7 +98,8 @@ def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[Executi
     gates = base_gates(layout, model_dir, tokenizer) + (data_gates(contract.data, layout) if trains else ())
     refuse_failed(gates)
     weights = open_tensors(model_dir)
-    offers, backend = _choose(contract, layout)
+    work = _workload(contract, layout, model_dir, tokenizer) if trains else None
+    offers, backend = _choose(contract, layout, _base_weights(layout, weights), work)
     contents = _contents(contract, model_dir, tokenizer, weights)
     plan = ExecutionPlan(
         contract=contract,
@@ -133,15 +141,17 @@ def _contract(contract: FineTuneContract | None, fields: Mapping[str, Any]) -> F
     return contract
 
 
-def _choose(contract: FineTuneContract, layout: Layout) -> tuple[tuple[KernelOffer, ...], Backend]:
+def _choose(
+    contract: FineTuneContract, layout: Layout, weights: BaseWeights, workload: Workload | None
+) -> tuple[tuple[KernelOffer, ...], Backend]:
     """Ask the backends in order and take the first that can; the last offer of the answer is the chosen one.
 
     A backend the user named is asked alone and never replaced.
     """
-    machine = _this_machine()
+    machine = this_machine()
     if contract.compute.backend != "auto":
         backend = load_backend(contract.compute.backend)
-        offers = [backend.plan(contract, layout, machine)]
+        offers = [backend.plan(contract, layout, machine, weights, workload)]
         if offers[0].feasible:
             return tuple(offers), backend
         raise _nothing_feasible(offers, layout)
@@ -154,7 +164,7 @@ def _choose(contract: FineTuneContract, layout: Layout) -> tuple[tuple[KernelOff
             continue
         try:
             backend = load_backend(info.name)
-            offers.append(backend.plan(contract, layout, machine))
+            offers.append(backend.plan(contract, layout, machine, weights, workload))
         except PluginError as error:
             # One broken plugin must not stop the others; what is wrong with it stays on the plan.
             offers.append(KernelOffer(kernel=kernel, feasible=False, reason=error.what))
@@ -173,15 +183,36 @@ def _nothing_feasible(offers: Sequence[KernelOffer], layout: Layout) -> GateErro
     )
 
 
-def _this_machine() -> Machine:
-    """What the standard library knows of this machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(
-        platform=platform.platform(),
-        python=platform.python_version(),
-        cpu_count=os.cpu_count() or 1,
-        memory_bytes=memory,
+def _base_weights(layout: Layout, weights: TensorFolder) -> BaseWeights:
+    headers = weights.headers
+    known = layout.family is not None
+    return BaseWeights(
+        parameters=sum(math.prod(info.shape) for info in headers.values()),
+        stored_bytes=sum(info.stop - info.start for info in headers.values()),
+        linears=linear_shapes(layout) if known else _square_guess(layout, headers),
     )
+
+
+def _square_guess(layout: Layout, headers: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
+    """Matrices that are neither an embedding nor a head, where the core does not know the family."""
+    return {
+        name.removesuffix(".weight"): (info.shape[0], info.shape[1])
+        for name, info in headers.items()
+        if len(info.shape) == 2 and layout.vocab_size not in info.shape
+    }
+
+
+def _workload(contract: FineTuneContract, layout: Layout, model_dir: Path, tokenizer: str) -> Workload:
+    """What there is to train on, from a sample of the rows."""
+    data = contract.data
+    sample, count = sample_rows(data.train_file, _SAMPLED_ROWS)
+    encoder = Encoder(open_tokenizer(tokenizer, model_dir, layout))
+    # Whether too many rows are too long is judged on all of them, when they are read.
+    policy = "drop" if data.on_overlong in {"auto", "error"} else data.on_overlong
+    kept = encode_rows(sample, encoder, seq_len=data.seq_len, on_overlong=policy).rows
+    rows = max(1, round(count * len(kept) / len(sample)))
+    source = "all rows" if count == len(sample) else f"{len(sample)} of about {count:,} rows"
+    return workload(kept, contract.training, num_rows=rows, source=source)
 
 
 def _contents(contract: FineTuneContract, model_dir: Path, tokenizer: str, weights: TensorFolder) -> dict[str, str]:

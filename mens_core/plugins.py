@@ -13,6 +13,7 @@ import difflib
 import importlib.metadata
 import os
 import sys
+from collections.abc import Sequence
 
 import attrs
 import pluggy
@@ -28,9 +29,10 @@ from mens_core.errors import (
     UnknownBackendError,
 )
 
-__all__ = ["BACKENDS", "PLUGINS", "BackendInfo", "installed_backends", "load_backend"]
+__all__ = ["BACKENDS", "OFFERS", "PLUGINS", "BackendInfo", "installed_backends", "load_backend", "load_offers"]
 
 BACKENDS = "mens_core.backends"
+OFFERS = "mens_core.offers"
 PLUGINS = "mens_core.plugins"
 
 _BUILT_IN = ("torch", "jax")
@@ -74,9 +76,24 @@ def load_backend(name: str) -> Backend:
         HookContractError: it has a hook that is not specified, or with other arguments.
     """
     info = _single(name)
+    return _loaded(info, [*_offers(info), _entry(BACKENDS, name)])
+
+
+def load_offers(name: str) -> Backend:
+    """Import what answers ``mens_plan`` and no more: the backend's module for it, or, having none, the backend.
+
+    Raises:
+        PluginError: as ``load_backend`` does.
+    """
+    info = _single(name)
+    return _loaded(info, _offers(info) or [_entry(BACKENDS, name)])
+
+
+def _loaded(info: BackendInfo, entries: Sequence[importlib.metadata.EntryPoint]) -> Backend:
     manager = pluggy.PluginManager("mens_core")
     manager.add_hookspecs(hookspecs)
-    _register(manager, _entry(BACKENDS, name), info)
+    for entry in entries:
+        _register(manager, entry, info)
     for entry in importlib.metadata.entry_points(group=PLUGINS):
         _register(manager, entry, _describe(entry))
     try:
@@ -86,7 +103,7 @@ def load_backend(name: str) -> Backend:
     if os.environ.get("MENS_TRACE_HOOKS") == "1":
         manager.trace.root.setwriter(sys.stderr.write)
         manager.enable_tracing()
-    return Backend(name=name, plugin=f"{info.distribution} {info.version}", manager=manager)
+    return Backend(name=info.name, plugin=f"{info.distribution} {info.version}", manager=manager)
 
 
 def _single(name: str) -> BackendInfo:
@@ -114,6 +131,12 @@ def _entry(group: str, name: str) -> importlib.metadata.EntryPoint:
     return next(iter(importlib.metadata.entry_points(group=group, name=name)))
 
 
+def _offers(info: BackendInfo) -> list[importlib.metadata.EntryPoint]:
+    """The entry point of the same name and distribution that answers ``mens_plan``, if there is one."""
+    entries = importlib.metadata.entry_points(group=OFFERS, name=info.name)
+    return [entry for entry in entries if entry.dist is not None and entry.dist.name == info.distribution]
+
+
 def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, info: BackendInfo) -> None:
     try:
         plugin = entry.load()
@@ -122,11 +145,11 @@ def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoin
         raise BrokenBackendError(
             f"plugin {info.name!r} of {info.distribution} {info.version} cannot be imported: "
             f"{type(error).__name__}: {error}",
-            where=info.target,
+            where=entry.value,
             fix=info.install if info.missing else f"pip install --force-reinstall {info.distribution}",
         ) from error
     try:
-        manager.register(plugin, name=info.name)
+        manager.register(plugin, name=entry.value)
     except pluggy.PluginValidationError as error:
         raise _contract_broken(info, error) from error
     if not manager.get_hookcallers(plugin):

@@ -10,12 +10,13 @@ import torch
 import transformers
 
 from mens_core.contract import FineTuneContract
-from mens_core.exchange import IGNORE, Batch, BatchShape, ExecutionPlan, Machine, NF4Spec
+from mens_core.exchange import IGNORE, BaseWeights, Batch, BatchShape, ExecutionPlan, Machine, NF4Spec
 from mens_core.hf.layout import read_layout
 
 VOCABULARY = 97
 SHAPE = BatchShape(rows=8, tokens=64, longest_row=24, supervised=64, batches=8)
-MACHINE = Machine(platform="test", python="3", cpu_count=1, memory_bytes=1 << 30)
+MACHINE = Machine(platform="test", processor="test", python="3", cpu_count=1, memory_bytes=1 << 34)
+WEIGHTS = BaseWeights(parameters=1, stored_bytes=4, linears={})
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -84,7 +85,7 @@ def plan_for(backend, folder, **fields):
     fields = {"device": "cpu", "rank": 4, "alpha": 8.0} | fields
     contract = FineTuneContract.from_fields(trains=False, model=str(folder), **fields)
     layout = read_layout(folder)
-    offer = backend.plan(contract, layout, MACHINE)
+    offer = backend.plan(contract, layout, MACHINE, WEIGHTS, None)
     assert offer.feasible, offer.reason
     method = contract.adapter.method
     return ExecutionPlan(

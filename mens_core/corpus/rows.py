@@ -16,13 +16,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import attrs
 
 from mens_core.errors import DataError
 
-__all__ = ["ROLES", "Row", "Turn", "read_rows"]
+__all__ = ["ROLES", "Row", "Turn", "read_rows", "sample_rows"]
 
 #: Who may speak. A system turn stands first, and an assistant turn last.
 ROLES = ("system", "user", "assistant")
@@ -105,6 +105,48 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise DataError("the file of rows is empty", where=path, expected=f"one row a line: {_FORMS}")
     return rows
+
+
+def sample_rows(path: Path, most: int) -> tuple[list[Row], int]:
+    """Read a few rows from all over a file, to learn of what size they are; a row that is faulty is passed over.
+
+    Args:
+        path: as for ``read_rows``.
+        most: rows wanted. A file of no more lines than that is read whole.
+
+    Returns:
+        (rows, number of lines in the file: exact where all were read, otherwise from their mean length).
+
+    Raises:
+        DataError: as ``read_rows`` does, if no row of the sample can be used.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        lines = [file.readline() for _ in range(most)]
+        count = sum(1 for line in lines if line)
+        if file.read(1):
+            places = range(0, size, max(1, size // most))
+            lines = [line for place in places if (line := _line_after(file, place))]
+            count = round(size * len(lines) / sum(map(len, lines)))
+    rows = [row for line in lines if line and (row := _usable(line)) is not None]
+    if not rows:
+        return read_rows(path)[:most], count  # it says what is wrong with them
+    return rows, count
+
+
+def _line_after(file: IO[bytes], place: int) -> bytes:
+    """The first whole line that begins at or after a place in the file."""
+    file.seek(max(0, place - 1))
+    if place:
+        file.readline()
+    return file.readline()
+
+
+def _usable(text: bytes) -> Row | None:
+    try:
+        return _row(text.removeprefix(b"\xef\xbb\xbf"), 0)
+    except _Fault:
+        return None
 
 
 def _all_faults(path: Path, faults: Mapping[str, tuple[str, list[int]]], num_lines: int) -> DataError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mens_core.corpus.rows import Row
 from mens_core.errors import DataError, ModelError
-from mens_core.exchange import ExecutionPlan
+from mens_core.hf.layout import Layout
 from mens_core.text.chat import TURN_END, Segment, segments
 from mens_core.text.lab import lab_tokenizer
 
@@ -67,28 +68,28 @@ class EncodedRows:
         }
 
 
-def open_tokenizer(plan: ExecutionPlan) -> Tokenizer:
-    """The tokenizer a plan names: the lab's, or the model's ``tokenizer.json`` checked against its embedding.
+def open_tokenizer(tokenizer: str, model_dir: Path, layout: Layout) -> Tokenizer:
+    """The tokenizer of a plan: ``lab``'s, or with ``hf`` the model's ``tokenizer.json``, checked against its embedding.
 
     Raises:
         ModelError: if the file is malformed, or gives ids the embedding has no row for.
     """
-    if plan.tokenizer == "lab":
+    if tokenizer == "lab":
         return lab_tokenizer()
-    path = plan.model_dir / "tokenizer.json"
+    path = model_dir / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        opened = Tokenizer.from_file(str(path))
     # The library raises a bare Exception for every malformed file.
     except Exception as error:
         raise ModelError(f"tokenizer.json cannot be read: {error}", where=path) from error
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if highest >= plan.layout.vocab_size:
+    highest = max(opened.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= layout.vocab_size:
         raise ModelError(
             "the tokenizer gives ids for which the model has no embedding",
-            where=f"{path}: highest id {highest}, embedding rows {plan.layout.vocab_size}",
+            where=f"{path}: highest id {highest}, embedding rows {layout.vocab_size}",
             fix="use the tokenizer that belongs to the model",
         )
-    return tokenizer
+    return opened
 
 
 class Encoder:

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mens_core.contract import TrainingSpec
 from mens_core.exchange import IGNORE, Batch, BatchShape
 from mens_core.text.encode import TokenRow
 
-__all__ = ["batches", "epoch_order", "pack", "run_shape", "steps_per_epoch", "windows"]
+__all__ = ["batches", "epoch_order", "pack", "run_shape", "steps_per_epoch", "total_steps", "windows"]
 
 
 def pack(rows: Sequence[TokenRow]) -> Batch:
@@ -67,6 +68,12 @@ def windows(
 def steps_per_epoch(num_rows: int, *, batch_size: int, grad_accum: int) -> int:
     """Optimizer steps in one epoch."""
     return -(-num_rows // (batch_size * grad_accum))
+
+
+def total_steps(num_rows: int, spec: TrainingSpec) -> int:
+    """Optimizer steps of the whole run."""
+    per_epoch = steps_per_epoch(num_rows, batch_size=spec.batch_size, grad_accum=spec.grad_accum)
+    return min(per_epoch * spec.epochs, spec.max_steps or per_epoch * spec.epochs)
 
 
 def run_shape(rows: Sequence[TokenRow], *, batch_size: int, grad_accum: int, seed: int, epochs: int) -> BatchShape:

@@ -12,13 +12,13 @@ from mens_core.backend import Backend
 from mens_core.contract import TrainingSpec
 from mens_core.exchange import Batch, StepMetrics
 from mens_core.text.encode import TokenRow
-from mens_core.text.pack import batches, steps_per_epoch, windows
+from mens_core.text.pack import batches, total_steps, windows
 from mens_core.training.guards import check_finite
 from mens_core.training.memory import peak_memory_bytes
 from mens_core.training.schedule import learning_rate, warmup_for
 from mens_core.training.telemetry import Telemetry
 
-__all__ = ["Progress", "evaluate", "total_steps", "train"]
+__all__ = ["Progress", "evaluate", "train"]
 
 
 @attrs.define(kw_only=True)
@@ -49,12 +49,6 @@ class Progress:
             "train_seconds": self.seconds,
             "tokens_per_sec": self.tokens / self.seconds,
         }
-
-
-def total_steps(num_rows: int, spec: TrainingSpec) -> int:
-    """Optimizer steps of the whole run."""
-    per_epoch = steps_per_epoch(num_rows, batch_size=spec.batch_size, grad_accum=spec.grad_accum)
-    return min(per_epoch * spec.epochs, spec.max_steps or per_epoch * spec.epochs)
 
 
 def train(

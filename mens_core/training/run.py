@@ -22,9 +22,9 @@ from mens_core.backend import Backend
 from mens_core.corpus.rows import read_rows
 from mens_core.exchange import ExecutionPlan
 from mens_core.text.encode import EncodedRows, Encoder, encode_rows, open_tokenizer
-from mens_core.text.pack import run_shape
+from mens_core.text.pack import run_shape, total_steps
 from mens_core.training.guards import check_changed, check_trainable
-from mens_core.training.loop import Progress, evaluate, total_steps, train
+from mens_core.training.loop import Progress, evaluate, train
 from mens_core.training.memory import peak_memory_bytes
 from mens_core.training.telemetry import TELEMETRY_SCHEMA, Observer, Telemetry
 
@@ -93,7 +93,7 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
 
 def _read_data(plan: ExecutionPlan) -> tuple[EncodedRows, EncodedRows | None]:
     data = plan.contract.data
-    encoder = Encoder(open_tokenizer(plan))
+    encoder = Encoder(open_tokenizer(plan.tokenizer, plan.model_dir, plan.layout))
     rows = encode_rows(read_rows(data.train_file), encoder, seq_len=data.seq_len, on_overlong=data.on_overlong)
     if not data.eval_file.is_file():
         return rows, None

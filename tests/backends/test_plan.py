@@ -11,19 +11,14 @@ from mens_core.hf.layout import read_layout
 
 def _offer(backend, folder, layout=None, **fields):
     contract = FineTuneContract.from_fields(trains=False, model=str(folder), **fields)
-    return backend.plan(contract, layout or read_layout(folder), tiny.MACHINE)
+    return backend.plan(contract, layout or read_layout(folder), tiny.MACHINE, tiny.WEIGHTS, None)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_every_known_family_is_offered_with_both_methods(backend, folders, family, method):
     offer = _offer(backend, folders[family], method=method, device="cpu")
-    assert attrs.asdict(offer) == {
-        "kernel": f"{backend.name}_{method}",
-        "feasible": True,
-        "reason": None,
-        "device": "cpu",
-        "dtype": "float32",
-    }
+    assert (offer.kernel, offer.feasible, offer.reason) == (f"{backend.name}_{method}", True, None)
+    assert (offer.device, offer.dtype, offer.capacity_bytes) == ("cpu", "float32", tiny.MACHINE.memory_bytes)
 
 
 def test_the_same_question_has_the_same_answer(backend, folders):
@@ -54,7 +49,7 @@ def test_a_base_that_is_quantised_already_is_refused(backend, folders):
 
 def test_a_number_format_that_was_asked_for_is_kept(part):
     device = part("device")
-    assert device.pick_device("cpu") == "cpu"
+    assert device.pick_device("cpu", tiny.MACHINE) == "cpu"
     assert [device.pick_dtype("auto", where) for where in ("cpu", "cuda:0")] == ["float32", "bfloat16"]
     assert [device.pick_dtype(asked, "cpu") for asked in ("float32", "bfloat16")] == ["float32", "bfloat16"]
 
@@ -62,5 +57,5 @@ def test_a_number_format_that_was_asked_for_is_kept(part):
 @pytest.mark.parametrize("device", ["cuda:63", "tpu", "", "cuda:x"])
 def test_an_unknown_device_is_an_error_that_says_what_there_is(part, device):
     with pytest.raises(ContractError, match="no device") as caught:
-        part("device").pick_device(device)
+        part("device").pick_device(device, tiny.MACHINE)
     assert "cpu" in caught.value.expected

@@ -146,7 +146,7 @@ def test_a_plugin_without_a_hook_is_refused():
 
 def _plan(name):
     contract = FineTuneContract.from_fields(trains=False)
-    return load_backend(name).plan(contract, read_layout(find_model(None, None)[1]), None)
+    return load_backend(name).plan(contract, read_layout(find_model(None, None)[1]), None, None, None)
 
 
 @pytest.mark.usefixtures("installed")

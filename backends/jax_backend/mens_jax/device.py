@@ -6,18 +6,18 @@ backend asks for the highest (``_arrays.dot``), so float32 here means float32.
 
 from __future__ import annotations
 
-import jax
-
 from mens_core.errors import ContractError
+from mens_core.exchange import Machine
 
-__all__ = ["pick_device", "pick_dtype"]
+__all__ = ["capacity", "pick_device", "pick_dtype"]
 
 
-def pick_device(requested: str) -> str:
+def pick_device(requested: str, machine: Machine) -> str:
     """Name the device of a run; allocates nothing.
 
     Args:
         requested: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the first accelerator if there is one.
+        machine: with no accelerator's driver on it JAX need not be asked.
 
     Returns:
         ``cpu`` or ``cuda:N``.
@@ -25,7 +25,7 @@ def pick_device(requested: str) -> str:
     Raises:
         ContractError: if this machine, as JAX sees it, has no such device.
     """
-    present = ["cpu", *(f"cuda:{index}" for index in range(_count_gpus()))]
+    present = ["cpu", *(f"cuda:{index}" for index in range(_count_gpus(machine)))]
     device = {"auto": present[min(1, len(present) - 1)], "cuda": "cuda:0"}.get(requested, requested)
     if device not in present:
         raise ContractError(
@@ -52,7 +52,23 @@ def pick_dtype(requested: str, device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def _count_gpus() -> int:
+def capacity(device: str, machine: Machine) -> int:
+    """Memory of a device from ``pick_device``, in bytes."""
+    if device == "cpu":
+        return machine.memory_bytes
+    # heavy: only a machine with an accelerator waits for it
+    import jax  # noqa: PLC0415
+
+    place = jax.devices("gpu")[int(device.partition(":")[2])]
+    return int(place.memory_stats()["bytes_limit"])
+
+
+def _count_gpus(machine: Machine) -> int:
+    if not machine.accelerators:
+        return 0
+    # heavy: only a machine with an accelerator waits for it
+    import jax  # noqa: PLC0415
+
     try:
         return len(jax.devices("gpu"))
     except RuntimeError:  # how JAX says that its build or this machine knows no such platform

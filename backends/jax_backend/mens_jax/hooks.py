@@ -1,4 +1,4 @@
-"""The hook implementations: the only module the core reaches. Each hands on to one function below."""
+"""The hook implementations, but for ``mens_plan`` (``offer``). Each hands on to one function below."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from mens_core.contract import FineTuneContract
-from mens_core.errors import ContractError
 from mens_core.exchange import (
     Batch,
     BatchShape,
     ExecutionPlan,
     GenerateSettings,
-    KernelOffer,
     NF4Spec,
     QuantizedWeight,
     StepMetrics,
     TrainingState,
 )
-from mens_core.hf.layout import Layout
 from mens_core.hookspecs import hookimpl
 from mens_jax import decode, lora, quant, step
-from mens_jax.device import pick_device, pick_dtype
-from mens_jax.weights import unsupported
 
 __all__ = [
     "mens_dequantize",
@@ -34,26 +28,11 @@ __all__ = [
     "mens_loss",
     "mens_merge",
     "mens_open",
-    "mens_plan",
     "mens_quantize",
     "mens_restore",
     "mens_state",
     "mens_step",
 ]
-
-
-@hookimpl
-def mens_plan(contract: FineTuneContract, layout: Layout) -> KernelOffer:
-    """See ``mens_core.hookspecs.mens_plan``."""
-    kernel = f"jax_{contract.adapter.method}"
-    try:
-        device = pick_device(contract.compute.device)
-    except ContractError as error:
-        return KernelOffer(kernel=kernel, feasible=False, reason=str(error))
-    reason = unsupported(layout)
-    if reason is not None:
-        return KernelOffer(kernel=kernel, feasible=False, reason=reason)
-    return KernelOffer(kernel=kernel, feasible=True, device=device, dtype=pick_dtype(contract.compute.dtype, device))
 
 
 @hookimpl

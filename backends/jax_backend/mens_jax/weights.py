@@ -23,13 +23,11 @@ from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.errors import ModelError
 from mens_core.exchange import ExecutionPlan, NF4Spec
 from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
-from mens_core.hf.layout import Layout
 from mens_jax._arrays import device_named
-from mens_jax._families import obstacle
 from mens_jax._names import stacked_name
 from mens_jax.quant import NF4Weight, quantize
 
-__all__ = ["load_base", "unsupported"]
+__all__ = ["load_base"]
 
 Base: TypeAlias = "dict[str, Array | NF4Weight]"
 
@@ -37,11 +35,6 @@ Base: TypeAlias = "dict[str, Array | NF4Weight]"
 _BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("transformer.wte.weight", "model.embed_tokens.weight")
-
-
-def unsupported(layout: Layout) -> str | None:
-    """Say why this backend cannot build the model, in one sentence; None if it can. Reads no weight."""
-    return obstacle(layout)
 
 
 def load_base(plan: ExecutionPlan) -> Base:

@@ -1,6 +1,6 @@
 """The torch backend: transformers builds the graph, bitsandbytes stores NF4, the LoRA mathematics is ours.
 
-``hooks`` is the only module the core reaches; everything else hangs below it::
+The core reaches ``offer`` when it plans and ``hooks`` when it runs; everything else hangs below them::
 
     hooks ─▶ decode, step ─▶ model ─▶ lora, quant, loss, attention, weights ─▶ device
 """

@@ -6,18 +6,18 @@ where that was done (``step.open_session``), so float32 here means float32.
 
 from __future__ import annotations
 
-import torch
-
 from mens_core.errors import ContractError
+from mens_core.exchange import Machine
 
-__all__ = ["pick_device", "pick_dtype"]
+__all__ = ["capacity", "pick_device", "pick_dtype"]
 
 
-def pick_device(requested: str) -> str:
+def pick_device(requested: str, machine: Machine) -> str:
     """Name the device of a run; allocates nothing.
 
     Args:
         requested: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the first accelerator if there is one.
+        machine: with no accelerator's driver on it PyTorch need not be asked.
 
     Returns:
         ``cpu`` or ``cuda:N``.
@@ -25,7 +25,7 @@ def pick_device(requested: str) -> str:
     Raises:
         ContractError: if this machine, as PyTorch sees it, has no such device.
     """
-    present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    present = ["cpu", *(f"cuda:{index}" for index in range(_count_gpus(machine)))]
     device = {"auto": present[min(1, len(present) - 1)], "cuda": "cuda:0"}.get(requested, requested)
     if device not in present:
         raise ContractError(
@@ -50,3 +50,22 @@ def pick_dtype(requested: str, device: str) -> str:
     if requested != "auto":
         return requested
     return "float32" if device == "cpu" else "bfloat16"
+
+
+def capacity(device: str, machine: Machine) -> int:
+    """Memory of a device from ``pick_device``, in bytes."""
+    if device == "cpu":
+        return machine.memory_bytes
+    # heavy: only a machine with an accelerator waits for it
+    import torch  # noqa: PLC0415
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _count_gpus(machine: Machine) -> int:
+    if not machine.accelerators:
+        return 0
+    # heavy: only a machine with an accelerator waits for it
+    import torch  # noqa: PLC0415
+
+    return torch.cuda.device_count()

@@ -10,28 +10,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from mens_core.errors import ModelError
 from mens_core.exchange import ExecutionPlan
-from mens_core.hf.layout import Layout
 
-__all__ = ["load_base", "unsupported"]
+__all__ = ["load_base"]
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def unsupported(layout: Layout) -> str | None:
-    """Say why this backend cannot build the model, in one sentence; None if it can. Reads no weight."""
-    if layout.family is None and layout.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return (
-            f"transformers knows no causal language model of model_type {layout.model_type!r}; "
-            "a newer transformers may know it"
-        )
-    if layout.config.get("quantization_config"):
-        return "the base is stored quantised already; give the checkpoint it was made from"
-    return None
 
 
 def load_base(plan: ExecutionPlan) -> Any:
