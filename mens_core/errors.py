@@ -66,7 +66,23 @@ class ModelError(MensError):
 
 
 class GateError(MensError):
-    """The planner found that the run cannot work and refused before anything was spent."""
+    """The planner found that the run cannot work and refused before anything was spent.
+
+    Attributes:
+        codes: of the gates that did not pass, in order; empty where no backend can do the run.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: str | None = None,
+        fix: str | None = None,
+        codes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, fix=fix)
+        self.codes = codes
 
 
 class RunDirectoryError(MensError):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mens_core.contract import FineTuneContract
+    from mens_core.hf.inventory import Coverage
     from mens_core.hf.layout import Layout
 
 __all__ = [
@@ -169,18 +170,26 @@ class KernelOffer:
 
 @attrs.frozen(kw_only=True)
 class GateVerdict:
-    """One check the planner made, with a code that never changes."""
+    """One check the planner made.
+
+    Attributes:
+        code: a word that never changes.
+        passed: whether it holds.
+        message: what was to hold, in words that are true of a check that passed and named in an error otherwise.
+        fix: the one command or change that mends it.
+    """
 
     code: str
     passed: bool
     message: str
+    fix: str = ""
 
 
 @attrs.frozen(kw_only=True)
 class ExecutionPlan:
     """What will be done, decided before anything is spent.
 
-    Invariants: the chosen kernel's offer is feasible; every gate passed.
+    Invariants: the chosen kernel's offer is among the offers, feasible, and within the limit; every gate passed.
 
     Attributes:
         execution_kernel: ``<backend>_<method>``; it names what runs.
@@ -190,6 +199,18 @@ class ExecutionPlan:
         model_name: what the user called the base.
         model_dir: the folder on disk that holds it.
         tokenizer: ``hf`` or ``lab``.
+        tokenizer_file: the tokenizer.json of ``hf``.
+        train_file: the rows to train on; None where nothing is trained.
+        eval_file: the held-out rows; None if there are none.
+        contents: name → sha256 of what the plan read.
+        weights: what the headers of the base's files say.
+        coverage: of the attention output projections, see ``Coverage``.
+        workload: how much there is to train on; None where nothing is trained.
+        limit_bytes: most memory the run may need.
+        offers: every backend's answer that was asked for.
+        not_taken: every other kernel that is installed → why it was not taken.
+        gates: what was checked, in order.
+        preflight: what must hold before training starts; a run is refused if one did not pass, a plan is not.
         warnings: what the user should know although nothing is wrong.
     """
 
@@ -206,9 +227,23 @@ class ExecutionPlan:
     device: str
     dtype: str
     contents: Mapping[str, str]
+    weights: BaseWeights
     offers: tuple[KernelOffer, ...]
-    gates: tuple[GateVerdict, ...]
+    limit_bytes: int
+    coverage: Coverage
+    workload: Workload | None = None
+    tokenizer_file: Path | None = None
+    train_file: Path | None = None
+    eval_file: Path | None = None
+    not_taken: Mapping[str, str] = attrs.field(factory=dict)
+    gates: tuple[GateVerdict, ...] = ()
+    preflight: tuple[GateVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def offer(self) -> KernelOffer:
+        """The chosen kernel's offer."""
+        return next(offer for offer in self.offers if offer.kernel == self.execution_kernel)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as the manifest keeps it, ready for JSON."""
@@ -218,17 +253,37 @@ class ExecutionPlan:
             "backend": self.backend,
             "method": self.contract.adapter.method,
             "candle_compat_mode": self.candle_compat_mode,
+            **{f"candle_proxy_stack_{name}": value for name, value in attrs.asdict(self.coverage).items()},
             "device": self.device,
             "dtype": self.dtype,
             "model": self.model_name,
             "model_type": self.layout.model_type,
+            "parameters": self.weights.parameters,
+            "stored_bytes": self.weights.stored_bytes,
             "tokenizer": self.tokenizer,
             "contract": self.contract.as_fields(),
+            "origins": dict(self.contract.origins),
             "contract_digest": self.contract_digest,
             "contents": dict(self.contents),
+            "workload": attrs.asdict(self.workload) if self.workload else None,
+            "estimate": self.estimate(),
+            "limit_bytes": self.limit_bytes,
             "offers": [attrs.asdict(offer) for offer in self.offers],
+            "not_taken": dict(self.not_taken),
             "gates": [attrs.asdict(gate) for gate in self.gates],
+            "preflight": [attrs.asdict(verdict) for verdict in self.preflight],
             "warnings": list(self.warnings),
+        }
+
+    def estimate(self) -> dict[str, float | None]:
+        """What the run is expected to need: peak memory in bytes, seconds a step, tokens a second, seconds in all."""
+        seconds, work = self.offer.seconds_per_step, self.workload
+        timed = seconds is not None and work is not None
+        return {
+            "peak_memory_bytes": self.offer.peak_bytes,
+            "seconds_per_step": seconds,
+            "tokens_per_sec": work.tokens / seconds if timed else None,  # type: ignore[union-attr, operator]
+            "train_seconds": work.steps * seconds if timed else None,  # type: ignore[union-attr, operator]
         }
 
 

@@ -1,14 +1,17 @@
 """Makers of contract fields: a default, a help text, how text becomes a value, and what a value must be.
 
 Everything stands in the attrs metadata: ``help``, ``parse`` (text → value), ``check`` (value → what is wrong with it,
-or None), and where they apply ``unit``, ``choices``, ``aliases``, ``flag``, ``metavar``, ``evidence``, ``required``.
+or None), and where they apply ``unit``, ``choices``, ``aliases``, ``flag``, ``metavar``, ``evidence``, ``required``;
+``digest`` is False for what does not change a run's result (places, limits, and what enters by its content),
+``as_text`` true for what a file or a library call may give as the text one writes on the command line.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,15 @@ import attrs
 
 from mens_core.errors import ContractError
 
-__all__ = ["choice", "folder", "integer", "names", "number", "switch", "text"]
+__all__ = ["choice", "integer", "names", "number", "path", "size", "switch", "text"]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?b?)")
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{binary}{end}": (1024 if binary else 1000) ** power
+    for power, letter in enumerate("kmgt", start=1)
+    for binary in ("", "i")
+    for end in ("", "b")
+}
 
 
 def _checked(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -33,7 +44,7 @@ def _field(
     check: Callable[[Any], str | None],
     **extra: Any,
 ) -> Any:
-    metadata = {"help": help_text, "parse": parse, "check": check, **extra}
+    metadata = {"help": help_text, "parse": parse, "check": check, "digest": True, **extra}
     return attrs.field(default=default, metadata=metadata, validator=_checked)
 
 
@@ -50,16 +61,41 @@ def integer(default: int | None, help_text: str, *, low: int, high: float = math
     return _field(default, help_text, parse=int, check=check, **extra)
 
 
-def number(default: float, help_text: str, *, low: float, exclusive: bool = False, **extra: Any) -> Any:
-    """A finite number of at least ``low``, or above it if exclusive."""
+def number(
+    default: float | None, help_text: str, *, low: float, high: float = math.inf, exclusive: bool = False, **extra: Any
+) -> Any:
+    """A finite number within [low, high], above ``low`` if exclusive; None is allowed where it is the default."""
 
     def check(value: object) -> str | None:
+        if value is None and default is None:
+            return None
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or value < low or (exclusive and value == low):  # type: ignore[operator]
-            return f"must be a finite number {'above' if exclusive else 'of at least'} {low:g}"
+        if not fits or not low <= value <= high or (exclusive and value == low):  # type: ignore[operator]
+            least = f"must be a finite number {'above' if exclusive else 'of at least'} {low:g}"
+            return least + (f" and at most {high:g}" if high < math.inf else "")
         return None
 
     return _field(default, help_text, parse=float, check=check, **extra)
+
+
+def size(default: int | None, help_text: str, **extra: Any) -> Any:
+    """A number of bytes, written as 6GiB, 800MB and the like, or as a plain number of bytes."""
+
+    def check(value: object) -> str | None:
+        if value is None and default is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return "must be a size such as 6GiB, 800MB or a number of bytes"
+        return None
+
+    return _field(default, help_text, parse=_bytes, check=check, metavar="SIZE", as_text=True, **extra)
+
+
+def _bytes(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip().lower())
+    if found is None:
+        raise ValueError(f"{text!r} is not a size such as 6GiB, 800MB or a number of bytes")
+    return round(float(found[1]) * _UNITS[found[2]])
 
 
 def choice(default: str, choices: tuple[str, ...], help_text: str, **extra: Any) -> Any:
@@ -95,24 +131,31 @@ def text(default: str | None, help_text: str, **extra: Any) -> Any:
     return _field(default, help_text, parse=str, check=check, **extra)
 
 
-def folder(help_text: str, **extra: Any) -> Any:
-    """A path that training requires."""
+def path(help_text: str, **extra: Any) -> Any:
+    """A path, none by default; ``required`` in the metadata says that training needs it."""
 
     def check(value: object) -> str | None:
         return None if value is None or isinstance(value, Path) else "must be a path"
 
-    return _field(None, help_text, parse=Path, check=check, required=True, **extra)
+    return _field(None, help_text, parse=_path, check=check, as_text=True, **extra)
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("a path must not be empty")
+    return Path(text)
 
 
 def names(default: tuple[str, ...], help_text: str, **extra: Any) -> Any:
     """A tuple of names, written with commas on the command line."""
 
     def parse(text: str) -> tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        aliases: Mapping[str, str] = extra.get("aliases", {})
+        return tuple(aliases.get(part.strip(), part.strip()) for part in text.split(",") if part.strip())
 
     def check(value: object) -> str | None:
         if isinstance(value, tuple) and value and all(isinstance(name, str) and name for name in value):
             return None
         return "must name at least one module"
 
-    return _field(default, help_text, parse=parse, check=check, **extra)
+    return _field(default, help_text, parse=parse, check=check, as_text=True, **extra)

@@ -1,56 +1,99 @@
-"""The planner's gates: what must hold before the first weight is read, each with a code that never changes."""
+"""The planner's gates: what must hold before the first weight is read, each with a code that never changes.
+
+    of the contract alone      nf4_requires_qlora, qlora_requires_nf4, mobile_edge_*, forced_kernel_agrees
+    of the base's folder       config_json_exists, tokenizer_exists, lab_tokenizer_fits
+    of the rows                train_file_exists, row_fits_positions
+    of the chosen kernel       fits_memory
+
+What became of the older system's gates, one by one, is written in docs/runbook.md.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mens_core.contract import DataSpec
+from mens_core.contract import LABELS, FineTuneContract
 from mens_core.errors import GateError
 from mens_core.exchange import GateVerdict
 from mens_core.hf.layout import Layout
 from mens_core.text.lab import VOCABULARY_TOKENS
 
-__all__ = ["base_gates", "data_gates", "refuse_failed"]
+__all__ = ["base_gates", "contract_gates", "data_gates", "folder_gates", "refuse_failed"]
+
+_EDGE_SEQ_LEN, _EDGE_RANK, _EDGE_BATCH = 512, 32, 1
 
 
-def base_gates(layout: Layout, model_dir: Path, tokenizer: str) -> tuple[GateVerdict, ...]:
-    """Check the base model's folder, in a fixed order."""
+def contract_gates(contract: FineTuneContract) -> tuple[GateVerdict, ...]:
+    """Check what the contract alone shows."""
+    method, quant = contract.adapter.method, contract.quant.base_quant
+    return (
+        GateVerdict(
+            code="nf4_requires_qlora",
+            passed=not (quant == "nf4" and method != "qlora"),
+            message=f"an NF4 base is trained by method qlora (base_quant {quant}, method {method})",
+            fix="--backend qlora, or --base-quant none",
+        ),
+        GateVerdict(
+            code="qlora_requires_nf4",
+            passed=not (quant == "none" and method == "qlora"),
+            message=f"method qlora has an NF4 base (base_quant {quant}, method {method})",
+            fix="--backend lora, or --base-quant auto",
+        ),
+        *_edge_gates(contract),
+        _forced_kernel(contract),
+    )
+
+
+def folder_gates(model_dir: Path) -> tuple[GateVerdict, ...]:
+    """Check that a base's folder can be looked at."""
+    return (
+        GateVerdict(
+            code="config_json_exists",
+            passed=(model_dir / "config.json").is_file(),
+            message=f"config.json in {model_dir}, needed for architecture validation",
+            fix="point --model at a folder saved by transformers' save_pretrained",
+        ),
+    )
+
+
+def base_gates(layout: Layout, tokenizer: str, tokenizer_file: Path) -> tuple[GateVerdict, ...]:
+    """Check that there is a tokenizer that fits the base."""
     return (
         GateVerdict(
             code="tokenizer_exists",
-            passed=tokenizer == "lab" or (model_dir / "tokenizer.json").is_file(),
-            message=f"tokenizer.json in {model_dir}",
+            passed=tokenizer == "lab" or tokenizer_file.is_file(),
+            message=f"tokenizer.json as {tokenizer_file}",
+            fix="save the tokenizer beside the model, name its file with --tokenizer-json, or pass --tokenizer lab",
         ),
         GateVerdict(
             code="lab_tokenizer_fits",
             passed=tokenizer != "lab" or layout.vocab_size >= VOCABULARY_TOKENS,
             message=f"the lab tokenizer's {VOCABULARY_TOKENS} ids within {layout.vocab_size} embedding rows",
+            fix="--tokenizer hf",
         ),
     )
 
 
-def data_gates(data: DataSpec, layout: Layout) -> tuple[GateVerdict, ...]:
-    """Check the rows' place and length, in a fixed order."""
-    train_file = data.train_file
+def data_gates(contract: FineTuneContract, train_file: Path, layout: Layout) -> tuple[GateVerdict, ...]:
+    """Check the rows' place and length."""
+    seq_len = contract.data.seq_len
     return (
-        GateVerdict(code="train_file_exists", passed=train_file.is_file(), message=f"training rows in {train_file}"),
+        GateVerdict(
+            code="train_file_exists",
+            passed=train_file.is_file(),
+            message=f"training rows in {train_file}",
+            fix="python -m mens_core corpus pairs <sources> --output <data-dir>",
+        ),
         GateVerdict(
             code="row_fits_positions",
-            passed=data.seq_len <= layout.max_positions,
-            message=f"seq_len {data.seq_len} within the model's {layout.max_positions} positions",
+            passed=seq_len <= layout.max_positions,
+            message=f"seq_len {seq_len} within the model's {layout.max_positions} positions",
+            fix=f"--seq-len {layout.max_positions}",
         ),
     )
 
 
-_MENDS = {
-    "train_file_exists": "python -m mens_core corpus pairs <sources> --output <data-dir>",
-    "tokenizer_exists": "save the tokenizer beside the model, or pass --tokenizer lab",
-    "row_fits_positions": "lower --seq-len",
-    "lab_tokenizer_fits": "use --tokenizer hf",
-}
-
-
-def refuse_failed(verdicts: tuple[GateVerdict, ...]) -> None:
+def refuse_failed(verdicts: tuple[GateVerdict, ...], what: str = "the plan is refused") -> None:
     """Raise for the gates that did not pass, all together.
 
     Raises:
@@ -58,6 +101,40 @@ def refuse_failed(verdicts: tuple[GateVerdict, ...]) -> None:
     """
     failed = [verdict for verdict in verdicts if not verdict.passed]
     if failed:
-        lines = [f"  - [{v.code}] not so: {v.message}" for v in failed]
-        mends = [_MENDS[v.code] for v in failed if v.code in _MENDS]
-        raise GateError("the plan is refused:\n" + "\n".join(lines), fix="; ".join(mends) or None)
+        lines = [f"  - [{verdict.code}] not so: {verdict.message}" for verdict in failed]
+        mends = dict.fromkeys(verdict.fix for verdict in failed if verdict.fix)
+        codes = tuple(verdict.code for verdict in failed)
+        raise GateError(f"{what}:\n" + "\n".join(lines), fix="; ".join(mends) or None, codes=codes)
+
+
+def _edge_gates(contract: FineTuneContract) -> tuple[GateVerdict, ...]:
+    if contract.output.deployment_target != "mobile_edge":
+        return ()
+    seq_len, rank = contract.data.seq_len, contract.adapter.rank
+    batch, device = contract.training.batch_size, contract.compute.device
+    full_stack = contract.quant.qlora_require_full_proxy_stack
+    checks = (
+        ("full_stack", not full_stack, "no demand for the full proxy stack", "drop --qlora-require-full-proxy-stack"),
+        ("seq_len", seq_len <= _EDGE_SEQ_LEN, f"seq_len {seq_len} of at most {_EDGE_SEQ_LEN}", "--seq-len 512"),
+        ("rank", rank <= _EDGE_RANK, f"rank {rank} of at most {_EDGE_RANK}", "--rank 32"),
+        ("batch_size", batch <= _EDGE_BATCH, f"batch_size {batch} of at most {_EDGE_BATCH}", "--batch-size 1"),
+        ("device", device == "cpu", f"device {device!r}, which has to be cpu", "--device cpu"),
+    )
+    return tuple(
+        GateVerdict(code=f"mobile_edge_{name}", passed=passed, message=f"for mobile_edge, {message}", fix=fix)
+        for name, passed, message, fix in checks
+    )
+
+
+def _forced_kernel(contract: FineTuneContract) -> GateVerdict:
+    """Whether the kernel that was asked for by name is the one that backend, method and base come to."""
+    forced, method = contract.compute.kernel, contract.adapter.method
+    named = contract.compute.backend
+    inferred = LABELS[method] if forced in LABELS.values() else f"{named}_{method}"
+    return GateVerdict(
+        code="forced_kernel_agrees",
+        passed=forced is None or forced == inferred,
+        message=f"kernel {forced or 'not forced'}, inferred {inferred} (method {method}, "
+        f"base_quant {contract.quant.base_quant}, backend {named})",
+        fix="name one kernel: leave out --method and --kernel, or --backend",
+    )

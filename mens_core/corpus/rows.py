@@ -107,31 +107,32 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def sample_rows(path: Path, most: int) -> tuple[list[Row], int]:
-    """Read a few rows from all over a file, to learn of what size they are; a row that is faulty is passed over.
+def sample_rows(path: Path, most: int) -> tuple[list[Row], int, int]:
+    """Read a few rows from all over a file, to learn of what size they are.
 
     Args:
         path: as for ``read_rows``.
         most: rows wanted. A file of no more lines than that is read whole.
 
     Returns:
-        (rows, number of lines in the file: exact where all were read, otherwise from their mean length).
+        (rows; lines read that are faulty; lines in the file, exact where all were read, otherwise from their mean
+        length).
 
     Raises:
         DataError: as ``read_rows`` does, if no row of the sample can be used.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        lines = [file.readline() for _ in range(most)]
-        count = sum(1 for line in lines if line)
+        lines = [line for _ in range(most) if (line := file.readline())]
+        count = len(lines)
         if file.read(1):
             places = range(0, size, max(1, size // most))
             lines = [line for place in places if (line := _line_after(file, place))]
             count = round(size * len(lines) / sum(map(len, lines)))
-    rows = [row for line in lines if line and (row := _usable(line)) is not None]
+    rows = [row for line in lines if (row := _usable(line)) is not None]
     if not rows:
-        return read_rows(path)[:most], count  # it says what is wrong with them
-    return rows, count
+        read_rows(path)  # it says what is wrong with them
+    return rows, len(lines) - len(rows), count
 
 
 def _line_after(file: IO[bytes], place: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class EncodedRows:
         truncated: rows cut to the length.
         supervised_cut: supervised tokens lost by cutting.
         unsupervised_dropped: rows left out because no supervised token remained.
+        left_out: further counters, of rows left out before they were encoded.
     """
 
     rows: tuple[TokenRow, ...]
@@ -54,6 +55,7 @@ class EncodedRows:
     truncated: int
     supervised_cut: int
     unsupervised_dropped: int
+    left_out: Mapping[str, int] = attrs.field(factory=dict)
 
     def counters(self) -> dict[str, int]:
         """The ledger as the manifest keeps it."""
@@ -65,6 +67,7 @@ class EncodedRows:
             "rows_dropped_unsupervised": self.unsupervised_dropped,
             "rows_truncated": self.truncated,
             "supervised_tokens_cut": self.supervised_cut,
+            **self.left_out,
         }
 
 

@@ -1,0 +1,274 @@
+"""The sections of a contract: every field that a run can be asked with.
+
+Every field carries its unit, range, help and evidence in its attrs metadata (see ``mens_core.fields``); the command
+line, the configuration page and the checks are made from them. Field names are unique over all sections.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import attrs
+
+from mens_core import fields
+
+__all__ = [
+    "METHODS",
+    "AdapterSpec",
+    "ComputeSpec",
+    "DataSpec",
+    "ModelSpec",
+    "OutputSpec",
+    "ProvenanceSpec",
+    "QuantSpec",
+    "TrainingSpec",
+]
+
+METHODS = ("lora", "qlora")
+
+
+@attrs.frozen(kw_only=True)
+class ModelSpec:
+    """The base model and its tokenizer."""
+
+    model: str | None = fields.text(
+        None,
+        "Base model: a Hugging Face folder on disk, or a hub id. Without it the bundled lab base is used.",
+        metavar="DIR|ID",
+        digest=False,
+    )
+    revision: str | None = fields.text(None, "Commit, tag or branch of a hub id.", digest=False)
+    tokenizer: str = fields.choice(
+        "auto",
+        ("auto", "hf", "lab"),
+        "hf reads the model's tokenizer.json; lab is the bundled reversible byte tokenizer (vox is an alias); "
+        "auto is hf for a given model and lab for the lab base.",
+        aliases={"vox": "lab"},
+    )
+    tokenizer_json: Path | None = fields.path(
+        "tokenizer.json to use instead of the one in the model's folder.", metavar="FILE", digest=False
+    )
+    scan_weights: bool = fields.switch(
+        False,
+        "Read every weight before the run and refuse NaN and infinity by name; loading refuses them anyway, but later.",
+        digest=False,
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ProvenanceSpec:
+    """Where the base comes from and on which terms; kept in the manifest and the model card."""
+
+    base_family: str | None = fields.text(None, "Family of the base, such as qwen2.5.", flag="--base-model-family")
+    upstream_model_id: str | None = fields.text(None, "Id under which the base was published.")
+    license_class: str | None = fields.text(None, "Licence of the base, such as apache-2.0.")
+    attribution_required: bool = fields.switch(False, "The licence of the base asks for attribution.")
+
+
+@attrs.frozen(kw_only=True)
+class DataSpec:
+    """The rows and how they become token rows."""
+
+    data_dir: Path | None = fields.path(
+        "Folder that holds train.jsonl and, if there is a held-out part, eval.jsonl; a training_contract.yaml in it "
+        "may name others.",
+        metavar="DIR",
+        required=True,
+        digest=False,
+    )
+    seq_len: int = fields.integer(
+        1024, "Longest row.", low=8, unit="tokens", evidence="the default of TRL's SFTConfig; nothing is padded to it"
+    )
+    on_overlong: str = fields.choice(
+        "auto",
+        ("auto", "drop", "truncate", "error"),
+        "What becomes of a row longer than seq-len: auto drops it, but refuses to lose more than 5 % of the rows. "
+        "Every case is counted, reported and kept in the manifest.",
+    )
+    min_rating: int | None = fields.integer(
+        None, "Leave out rows rated lower than this; rows without a rating stay.", low=1, high=5
+    )
+    context_filter: str | None = fields.text(
+        None, "Keep only rows whose category, lane or task_family contains this, in any case of letters."
+    )
+    min_rows: int = fields.integer(1, "Refuse to train on fewer rows than this.", low=1, unit="rows")
+    max_skip_rate: float | None = fields.number(
+        None,
+        "Largest share of the rows that may be left out, for whatever reason; without it too long rows alone are "
+        "limited, see on-overlong.",
+        low=0.0,
+        high=1.0,
+        flag="--qlora-max-skip-rate",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class AdapterSpec:
+    """The adapter: y = x Wᵀ + s · (x Aᵀ) Bᵀ."""
+
+    method: str = fields.choice(
+        "lora",
+        METHODS,
+        "lora keeps the base in the compute type; qlora stores it in NF4 (4.127 bits a weight).",
+    )
+    rank: int = fields.integer(
+        16,
+        "Rank of the update.",
+        low=1,
+        evidence="rank is not the bottleneck at this size (Schulman et al. 2025, LoRA Without Regret)",
+    )
+    alpha: float = fields.number(
+        32.0,
+        "Numerator of the scale s = alpha / rank.",
+        low=0.0,
+        exclusive=True,
+        evidence="alpha = 2 * rank, as in PEFT's and the QLoRA authors' recipes",
+    )
+    rslora: bool = fields.switch(
+        False, "Scale by alpha / sqrt(rank) instead.", evidence="Kalajdzievski 2023, arXiv:2312.03732"
+    )
+    targets: tuple[str, ...] = fields.names(
+        ("all-linear",),
+        "Linear layers to adapt: all-linear, or a comma-separated list of module names such as q_proj,v_proj.",
+        metavar="NAMES",
+        aliases={"full_graph": "all-linear"},
+        evidence="adapting all layers matches full fine-tuning (Dettmers et al. 2023, section 4)",
+    )
+
+    adapter_tag: str | None = fields.text(None, "Name for the adapter, kept in the manifest and the model card.")
+
+    @property
+    def scale(self) -> float:
+        """The factor s, dimensionless."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@attrs.frozen(kw_only=True)
+class QuantSpec:
+    """How the frozen base is stored."""
+
+    base_quant: str = fields.choice(
+        "auto",
+        ("auto", "none", "nf4"),
+        "auto is nf4 for qlora and none for lora; what contradicts the method is refused.",
+    )
+    block_size: int = fields.integer(
+        64,
+        "Weights that share one scale; a power of two from 32 to 4096.",
+        low=32,
+        high=4096,
+        unit="weights",
+        evidence="Dettmers et al. 2023, section 3",
+    )
+    double_quant: bool = fields.switch(
+        True,
+        "Keep the scales themselves in full precision instead of 8 bits.",
+        flag="--qlora-no-double-quant",
+        evidence="saves 0.373 bits a weight (Dettmers et al. 2023, section 3)",
+    )
+    qlora_require_full_proxy_stack: bool = fields.switch(
+        False,
+        "Refuse a base that lacks the attention output projection of any layer, with the list of what is missing.",
+    )
+    qlora_allow_partial_proxy_stack: bool = fields.switch(
+        False, "State that a plan for such a base is wanted all the same; contradicts the flag above."
+    )
+
+
+@attrs.frozen(kw_only=True)
+class TrainingSpec:
+    """How long, how fast, from which seed."""
+
+    epochs: int = fields.integer(3, "Passes over the rows.", low=1)
+    max_steps: int | None = fields.integer(None, "Stop after this many optimizer steps.", low=1, unit="steps")
+    batch_size: int = fields.integer(
+        4, "Rows in one forward pass; they are packed end to end, not padded.", low=1, unit="rows"
+    )
+    grad_accum: int = fields.integer(4, "Forward passes that share one optimizer step.", low=1, unit="batches")
+    learning_rate: float = fields.number(
+        2e-4,
+        "Peak learning rate.",
+        low=0.0,
+        exclusive=True,
+        flag="--lr",
+        evidence="Dettmers et al. 2023, table 9; about ten times that of full fine-tuning",
+    )
+    schedule: str = fields.choice(
+        "cosine",
+        ("constant", "linear", "cosine"),
+        "Course of the learning rate after warm-up; it falls to zero.",
+    )
+    warmup_steps: int | None = fields.integer(
+        None,
+        "Steps over which the rate rises to its peak; 3 % of the run when not given.",
+        low=0,
+        unit="steps",
+        flag="--warmup",
+        evidence="Dettmers et al. 2023, appendix B.2",
+    )
+    weight_decay: float = fields.number(0.0, "Decoupled weight decay of the adapter.", low=0.0)
+    max_grad_norm: float = fields.number(
+        1.0,
+        "Gradients are scaled down to this global norm.",
+        low=0.0,
+        exclusive=True,
+        evidence="the default of transformers' Trainer",
+    )
+    seed: int = fields.integer(42, "Seeds the adapter's start and the order of the rows.", low=0)
+
+
+@attrs.frozen(kw_only=True)
+class ComputeSpec:
+    """Where the mathematics runs."""
+
+    backend: str = fields.text(
+        "auto",
+        "auto takes the first that can do the run (torch, jax, then others); torch, jax or an installed plugin "
+        "is forced; lora and qlora name the method and leave the backend open; torch_qlora and the like force both.",
+        metavar="NAME",
+    )
+    kernel: str | None = fields.text(
+        None,
+        "Refuse the run unless the plan comes to this kernel: torch_lora, jax_qlora and the like, or one of the "
+        "runbook's labels burn_lora and candle_qlora. A kernel or label given as --backend sets it.",
+        metavar="NAME",
+        digest=False,
+    )
+    device: str = fields.text(
+        "auto", "auto, cpu, cuda or cuda:N; auto is the accelerator if there is one.", metavar="NAME"
+    )
+    dtype: str = fields.choice(
+        "auto",
+        ("auto", "float32", "bfloat16"),
+        "Number format of the frozen base and the activations; auto is float32 on a CPU and bfloat16 on an "
+        "accelerator. The adapter and its optimizer are always float32.",
+    )
+    max_memory: int | None = fields.size(
+        None, "Most memory the run may need on its device; a plan that needs more is refused.", digest=False
+    )
+    max_vram_fraction: float = fields.number(
+        1.0,
+        "The same as a share of the device's memory.",
+        low=0.0,
+        high=1.0,
+        exclusive=True,
+        flag="--vram-limit-fraction",
+        digest=False,
+    )
+
+
+@attrs.frozen(kw_only=True)
+class OutputSpec:
+    """Where the run directory goes."""
+
+    output_dir: Path | None = fields.path(
+        "Folder of the run; it must not hold an earlier run.", metavar="DIR", required=True, digest=False
+    )
+    overwrite: bool = fields.switch(False, "Replace an earlier run in the output folder.", digest=False)
+    deployment_target: str = fields.choice(
+        "workstation",
+        ("workstation", "mobile_edge"),
+        "mobile_edge keeps the run within what a small device can serve: on the CPU, rows of at most 512 tokens, "
+        "rank at most 32, one row in a batch.",
+    )

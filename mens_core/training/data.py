@@ -1,0 +1,100 @@
+"""A run's rows as tokens, all of them or a sample to plan with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+
+from mens_core.contract import FineTuneContract
+from mens_core.corpus.rows import Row, read_rows, sample_rows
+from mens_core.corpus.select import select_rows
+from mens_core.errors import DataError
+from mens_core.exchange import Workload
+from mens_core.text.encode import EncodedRows, Encoder, TokenRow, encode_rows
+from mens_core.text.workload import workload
+
+__all__ = ["RowSample", "check_enough", "load_rows", "sample"]
+
+# Rows that are tokenised to learn how long a run's rows are; 256 of them take a few hundredths of a second.
+_SAMPLED_ROWS = 256
+
+
+def load_rows(path: Path, contract: FineTuneContract, encoder: Encoder) -> EncodedRows:
+    """Read, check, select and encode every row of a file.
+
+    Raises:
+        DataError: if a row is faulty, too many are left out, or too few stay.
+    """
+    data = contract.data
+    rows = read_rows(path)
+    selection = select_rows(rows, min_rating=data.min_rating, context_filter=data.context_filter)
+    encoded = encode_rows(selection.rows, encoder, seq_len=data.seq_len, on_overlong=data.on_overlong)
+    left_out = {"rows_dropped_rating": selection.rows_dropped_rating}
+    left_out |= {"rows_dropped_filter": selection.rows_dropped_filter}
+    encoded = attrs.evolve(encoded, left_out=left_out)
+    share = 1 - len(encoded.rows) / len(rows)
+    if data.max_skip_rate is not None and share > data.max_skip_rate:
+        reasons = {name: count for name, count in encoded.counters().items() if name.startswith("rows_dropped")}
+        raise DataError(
+            f"{share:.1%} of the rows are left out",
+            where=f"{path}: {reasons}",
+            expected=f"at most {data.max_skip_rate:.1%}, by max_skip_rate",
+        )
+    return encoded
+
+
+def check_enough(path: Path, rows: EncodedRows, least: int) -> None:
+    """Refuse a corpus that is too small.
+
+    Raises:
+        DataError: naming both numbers.
+    """
+    if len(rows.rows) < least:
+        raise DataError(
+            f"there are {len(rows.rows)} rows to train on", where=path, expected=f"at least {least}, by min_rows"
+        )
+
+
+@attrs.frozen
+class RowSample:
+    """A few rows of a file.
+
+    Attributes:
+        rows: those that are not faulty and are to be trained on.
+        sampled: how many lines were read.
+        faulty: how many of them cannot be used.
+        lines: lines of the file, exact if ``whole``.
+    """
+
+    rows: tuple[Row, ...]
+    sampled: int
+    faulty: int
+    lines: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all rows of the file."""
+        return self.sampled == self.lines
+
+    def workload(self, contract: FineTuneContract, encoder: Encoder) -> Workload:
+        """What a run over the file will compute."""
+        data = contract.data
+        # Whether too many rows are too long is judged on all of them, when they are read.
+        policy = "drop" if data.on_overlong in {"auto", "error"} else data.on_overlong
+        kept: tuple[TokenRow, ...] = encode_rows(self.rows, encoder, seq_len=data.seq_len, on_overlong=policy).rows
+        count = max(1, round(self.lines * len(kept) / self.sampled))
+        source = "all rows" if self.whole else f"{self.sampled} of about {self.lines:,} rows"
+        return workload(kept, contract.training, num_rows=count, source=source)
+
+
+def sample(path: Path, contract: FineTuneContract) -> RowSample:
+    """Read a few rows from all over a file.
+
+    Raises:
+        DataError: if none of them can be used, or none is to be trained on.
+    """
+    data = contract.data
+    rows, faulty, lines = sample_rows(path, _SAMPLED_ROWS)
+    selection = select_rows(rows, min_rating=data.min_rating, context_filter=data.context_filter)
+    return RowSample(tuple(selection.rows), len(rows) + faulty, faulty, lines)
