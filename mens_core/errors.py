@@ -31,7 +31,16 @@ __all__ = [
     "RunDirectoryError",
     "TrainingError",
     "UnknownBackendError",
+    "printable",
 ]
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """The text with every character that would steer a terminal or cannot be encoded written as its escape.
+
+    Names come from files that others wrote: a line feed in one could forge a line of the message.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class MensError(Exception):
@@ -45,11 +54,11 @@ class MensError(Exception):
     """
 
     def __init__(self, what: str, *, where: object = None, expected: str | None = None, fix: str | None = None) -> None:
-        self.what, self.where, self.expected, self.fix = what, where, expected, fix
-        parts = [what]
-        parts += [f"  where: {where}"] if where is not None else []
-        parts += [f"  expected: {expected}"] if expected else []
-        parts += [f"  to mend it: {fix}"] if fix else []
+        self.what, self.where, self.expected, self.fix = printable(what, keep="\n\t"), where, expected, fix
+        parts = [self.what]
+        parts += [f"  where: {printable(str(where))}"] if where is not None else []
+        parts += [printable(f"  expected: {expected}", keep="\n\t")] if expected else []
+        parts += [printable(f"  to mend it: {fix}", keep="\n\t")] if fix else []
         super().__init__("\n".join(parts))
 
 

@@ -6,19 +6,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from mens_core.artifacts.header import CODES, DTYPES, TensorInfo, make_header, read_header
 from mens_core.atomic import replacing
 from mens_core.errors import ModelError
+from mens_core.hf.header import WIDTHS, TensorInfo, make_header, read_header
+from mens_core.hf.inventory import Inventory, read_inventory
 
 __all__ = [
     "TensorFolder",
@@ -30,9 +30,24 @@ __all__ = [
     "write_tensors",
 ]
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_REFUSED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 AnyArray: TypeAlias = NDArray[Any]
 
@@ -43,31 +58,31 @@ class TensorFolder(Mapping[str, AnyArray]):
     A name that is not there raises ModelError instead of KeyError, because it is the folder that is wrong.
     """
 
-    def __init__(self, folder: Path, places: Mapping[str, tuple[Path, TensorInfo]]) -> None:
-        self._folder, self._places = folder, dict(places)
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
         self._maps: dict[Path, mmap.mmap] = {}
 
     @property
-    def headers(self) -> dict[str, TensorInfo]:
+    def headers(self) -> Mapping[str, TensorInfo]:
         """Name → what its header says, without touching the tensors."""
-        return {name: info for name, (_, info) in self._places.items()}
+        return self._inventory.tensors
 
     def __getitem__(self, name: str) -> AnyArray:
-        if name not in self._places:
-            raise ModelError(f"the model has no tensor {name}", where=self._folder)
-        path, info = self._places[name]
+        if name not in self.headers:
+            raise ModelError(f"the model has no tensor {name}", where=self._inventory.folder)
+        path = self._inventory.places[name]
         if path not in self._maps:
             self._maps[path] = _map_file(path)
-        return _view(self._maps[path], info)
+        return _view(self._maps[path], self.headers[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self.headers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self.headers)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.headers)
 
 
 def read_tensors(path: Path) -> dict[str, AnyArray]:
@@ -87,23 +102,9 @@ def open_tensors(folder: Path) -> TensorFolder:
     Only headers are read here.
 
     Raises:
-        ModelError: if there are no weights or only pickled ones; if the index is malformed, leaves the folder,
-            or names a file or tensor that is not there; if a header is malformed (see ``read_header``).
+        ModelError: as ``read_inventory`` does.
     """
-    if (folder / _SINGLE).exists():
-        path = folder / _SINGLE
-        return TensorFolder(folder, {name: (path, info) for name, info in read_header(path).items()})
-    if (folder / _INDEX).exists():
-        return TensorFolder(folder, _open_shards(folder))
-    pickles = sorted(path.name for pattern in _REFUSED for path in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"the weights are pickled ({', '.join(pickles[:3])}) and pickles are refused: loading one runs its code",
-            where=folder,
-            expected=f"{_SINGLE}, or shards with {_INDEX}",
-            fix="convert them on a machine you trust: transformers' save_pretrained writes safetensors",
-        )
-    raise ModelError("the model folder holds no weights", where=folder, expected=f"{_SINGLE}, or shards with {_INDEX}")
+    return TensorFolder(read_inventory(folder, None))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> None:
@@ -119,9 +120,9 @@ def write_tensors(path: Path, tensors: Mapping[str, AnyArray], metadata: Mapping
         OSError: as the file system reports it; an old file is then untouched.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in CODES:
+        if tensor.dtype not in _CODES:
             raise ModelError(f"a tensor of type {tensor.dtype} cannot be stored", where=f"{path}, tensor {name}")
-    specs = {name: (CODES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
+    specs = {name: (_CODES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
     stream_tensors(path, specs, tensors.__getitem__, metadata)
 
 
@@ -144,45 +145,16 @@ def stream_tensors(
         OSError: as the file system reports it; an old file is then untouched.
     """
     # Wide types first, as the reference implementation does: every tensor then starts at a multiple of its width.
-    order = sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name))
+    order = sorted(specs, key=lambda name: (-WIDTHS[specs[name][0]], name))
     header = make_header({name: specs[name] for name in order}, metadata)
     with replacing(path, binary=True) as (file,):
         file.write(header)
         for name in order:
             tensor = np.asarray(read(name), order="C")
-            if (CODES.get(tensor.dtype), tensor.shape) != (specs[name][0], tuple(specs[name][1])):
+            if (_CODES.get(tensor.dtype), tensor.shape) != (specs[name][0], tuple(specs[name][1])):
                 found, announced = f"{tensor.dtype} {tensor.shape}", specs[name]
                 raise ModelError(f"tensor {name} is {found}, not {announced} as announced", where=path)
             file.write(tensor.reshape(-1).view(np.uint8).data)
-
-
-def _open_shards(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    index = folder / _INDEX
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-        paths = {file: folder / file for file in files}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"the shard index cannot be read: {error}", where=index, expected='{"weight_map": {tensor: file}}'
-        ) from error
-    for file, path in paths.items():
-        if file.startswith("/") or ".." in path.parts or "\\" in file:
-            raise ModelError(f"the shard index leaves its folder: {file}", where=index, expected="plain file names")
-        if not path.is_file():
-            raise ModelError(
-                f"a shard is missing: {file}", where=folder, fix="download the model again, or copy the shard"
-            )
-    places: dict[str, tuple[Path, TensorInfo]] = {}
-    for path in paths.values():
-        for name, info in read_header(path).items():
-            if name in places:
-                raise ModelError(f"two shards hold tensor {name}", where=f"{places[name][0].name} and {path.name}")
-            places[name] = (path, info)
-    absent = [name for name, file in weight_map.items() if name not in places or places[name][0] != paths[file]]
-    if absent:
-        raise ModelError(f"the index names tensors that their shard does not hold: {_listing(absent)}", where=index)
-    return places
 
 
 def _map_file(path: Path) -> mmap.mmap:
@@ -191,9 +163,5 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 def _view(mapped: mmap.mmap, info: TensorInfo) -> AnyArray:
-    count = math.prod(info.shape)
-    return np.frombuffer(mapped, info.numpy_dtype, count, info.start if count else 0).reshape(info.shape)
-
-
-def _listing(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    count, dtype = info.elements, _DTYPES[info.dtype]
+    return np.frombuffer(mapped, dtype, count, info.start if count else 0).reshape(info.shape)

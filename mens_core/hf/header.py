@@ -11,40 +11,42 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import attrs
-import ml_dtypes
-import numpy as np
 
-from mens_core.errors import ModelError
+from mens_core.errors import ModelError, printable
+from mens_core.hf.files import LONGEST_JSON, parse_json, regular_size
 
-__all__ = ["CODES", "DTYPES", "TensorInfo", "make_header", "read_header"]
+__all__ = ["FLOATS", "WIDTHS", "TensorInfo", "make_header", "read_header"]
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+WIDTHS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""Code of a number format → bytes an element."""
+FLOATS = frozenset(code for code in WIDTHS if code.startswith(("F", "BF")))
 
-# The reference implementation's limit; a 7-billion-parameter model's header has some 30 thousand bytes.
-_LONGEST_HEADER = 100_000_000
+# NumPy 1's most axes and longest array in bytes; a shape beyond them could not be opened, only make sums slow.
+_MOST_AXES = 32
+_MOST_BYTES = 2**63 - 1
 
 
 @attrs.frozen(kw_only=True)
@@ -66,9 +68,9 @@ class TensorInfo:
     stop: int
 
     @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """The NumPy type that holds such numbers."""
-        return DTYPES[self.dtype]
+    def elements(self) -> int:
+        """How many numbers the tensor has."""
+        return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -78,16 +80,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ModelError: if the file is missing, truncated or malformed: header too long or no JSON object, unknown
             dtype, negative length, offsets outside the file, gaps, overlaps, or bytes that do not fit the shape.
     """
+    size = regular_size(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            if size < 8 or length > min(size - 8, LONGEST_JSON):
                 raise _malformed(path, f"it announces a header of {length} bytes, the file has {size}")
-            entries = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            entries = parse_json(file.read(length))
     except OSError as error:
         raise ModelError(f"the safetensors file cannot be read: {error.strerror}", where=path) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _malformed(path, f"its header is not valid JSON: {error}") from error
     if not isinstance(entries, dict):
         raise _malformed(path, "its header is not a JSON object")
@@ -102,7 +104,7 @@ def make_header(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapp
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, (code, shape) in specs.items():
-        end = begin + math.prod(shape) * DTYPES[code].itemsize
+        end = begin + math.prod(shape) * WIDTHS[code]
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -115,14 +117,17 @@ def _read_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _malformed(where, "its entry does not hold dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise _malformed(where, f"its dtype {code!r} is not known")
-    if not _are_counts(shape):
-        raise _malformed(where, f"its shape {shape!r} is no list of whole numbers from 0")
+    if not isinstance(code, str) or code not in WIDTHS:
+        raise _malformed(where, f"its dtype {_short(code)} is not known")
+    if not _are_counts(shape) or len(shape) > _MOST_AXES:
+        raise _malformed(where, f"its shape {_short(shape)} is no list of at most {_MOST_AXES} whole numbers from 0")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise _malformed(where, f"its offsets {offsets!r} are no pair of whole numbers from 0")
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[code].itemsize:
-        raise _malformed(where, f"shape {shape} of {code} does not fill the bytes {offsets[0]} to {offsets[1]}")
+        raise _malformed(where, f"its offsets {_short(offsets)} are no pair of whole numbers from 0")
+    if math.prod(length or 1 for length in shape) * WIDTHS[code] > _MOST_BYTES:
+        raise _malformed(where, f"its shape {_short(shape)} overflows, so it does not fill any file")
+    if offsets[1] - offsets[0] != math.prod(shape) * WIDTHS[code]:
+        problem = f"shape {_short(shape)} of {code} does not fill the bytes {offsets[0]} to {offsets[1]}"
+        raise _malformed(where, problem)
     start, stop = (data_start + offset for offset in offsets)
     return TensorInfo(dtype=code, shape=tuple(shape), start=start, stop=stop)
 
@@ -135,18 +140,15 @@ def _check_cover(path: Path, infos: Mapping[str, TensorInfo], data_start: int, s
     for (_, stop, name), (start, _, following) in pairwise(edges):
         if start != stop:
             fault = "overlap" if start < stop else "leave a gap"
-            raise _malformed(path, f"{name} and {following} {fault}: byte {stop} against {start}")
+            raise _malformed(path, f"{printable(name)} and {printable(following)} {fault}: byte {stop} against {start}")
 
 
 def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= _MOST_BYTES for value in values)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return entries
+def _short(value: object) -> str:
+    return reprlib.repr(value)
 
 
 def _malformed(where: object, problem: str) -> ModelError:
