@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mens_core.contract import FineTuneContract
     from mens_core.corpus.pairs import write_pairs
+    from mens_core.doctor import examine
     from mens_core.errors import MensError
     from mens_core.exchange import (
+        BaseWeights,
         Batch,
         BatchShape,
         ExecutionPlan,
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
         Machine,
         NF4Spec,
         QuantizedWeight,
+        Speed,
         StepMetrics,
         TrainingState,
+        Workload,
     )
     from mens_core.generation import generate
     from mens_core.hookspecs import hookimpl
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BackendInfo": "plugins",
+    "BaseWeights": "exchange",
     "Batch": "exchange",
     "BatchShape": "exchange",
     "ExecutionPlan": "exchange",
@@ -51,8 +56,11 @@ _HOMES = {
     "Planner": "planner",
     "QuantizedWeight": "exchange",
     "RunResult": "training.run",
+    "Speed": "exchange",
     "StepMetrics": "exchange",
     "TrainingState": "exchange",
+    "Workload": "exchange",
+    "examine": "doctor",
     "generate": "generation",
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
@@ -62,6 +70,7 @@ _HOMES = {
 
 __all__ = [
     "BackendInfo",
+    "BaseWeights",
     "Batch",
     "BatchShape",
     "ExecutionPlan",
@@ -75,8 +84,11 @@ __all__ = [
     "Planner",
     "QuantizedWeight",
     "RunResult",
+    "Speed",
     "StepMetrics",
     "TrainingState",
+    "Workload",
+    "examine",
     "generate",
     "hookimpl",
     "installed_backends",

@@ -1,14 +1,13 @@
 """Which kernel does the run: every backend is asked in order, and the first that can is taken.
 
-    auto     torch, jax, then the others by name; the first whose offer is feasible and fits the memory
-    named    that backend alone; it is never replaced by another
-    compare  every backend with every method is asked, the choice is the same
+auto     torch, jax, then the others by name; the first whose offer is feasible and fits the memory
+named    that backend alone; it is never replaced by another
+compare  every backend with every method is asked, the choice is the same
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
@@ -17,11 +16,12 @@ from mens_core.contract import METHODS, FineTuneContract
 from mens_core.errors import GateError, PluginError
 from mens_core.exchange import BaseWeights, GateVerdict, KernelOffer, Machine, Workload
 from mens_core.hf.layout import FAMILIES, Layout
-from mens_core.plugins import BackendInfo, installed_backends, load_offers
+from mens_core.plugins import installed_backends, load_offers
 
-__all__ = ["Choice", "Question", "choose"]
+__all__ = ["Choice", "Question", "choose", "fits_memory"]
 
 _WAYS_SHOWN = 3
+_SMALL_RANK = 8
 
 
 @attrs.frozen(kw_only=True)
@@ -55,12 +55,11 @@ class Choice:
     """Who does the run, and why nobody else.
 
     Attributes:
-        backend: the chosen backend's name.
+        backend: the chosen backend, as far as it was loaded to be asked.
         offer: its offer.
         limit_bytes: most memory the run may need.
         offers: all that were asked for.
-        not_taken: every other kernel → why not.
-        backend_gates: asks the plugins' own gates, see ``Backend.gates``.
+        not_taken: every other kernel that is installed → why not.
     """
 
     backend: Backend
@@ -75,50 +74,27 @@ def choose(question: Question, *, compare: bool = False) -> Choice:
 
     Args:
         question: what is asked.
-        compare: whether those are asked as well whose answer changes nothing.
+        compare: whether those are asked as well whose answer changes nothing, with every method.
 
     Raises:
         PluginError: the backend that was named cannot be used.
         GateError: nobody can do the run, or it does not fit the memory, with what would make it fit.
     """
-    wanted, method = question.contract.compute.backend, question.contract.adapter.method
-    offers: dict[str, KernelOffer] = {}
-    not_taken: dict[str, str] = {}
-    chosen: tuple[Backend, KernelOffer] | None = None
-    too_large: list[tuple[Backend, KernelOffer]] = []
-    for info in _asked(wanted):
-        kernel = f"{info.name}_{method}"
-        if chosen is not None and not compare:
-            not_taken[kernel] = f"{chosen[1].kernel} comes first and can do the run"
-            continue
-        backend = _loaded(info, wanted, not_taken, kernel)
-        if backend is None:
-            continue
-        offer = offers[kernel] = question.ask(backend)
-        if not offer.feasible:
-            not_taken[kernel] = str(offer.reason)
-        elif _exceeds(question, offer):
-            too_large.append((backend, offer))
-            not_taken[kernel] = _too_much(question, offer)
-        elif chosen is None:
-            chosen = backend, offer
-        else:
-            not_taken[kernel] = f"{chosen[1].kernel} comes first and can do the run"
-        if compare:
-            offers |= {other.kernel: other for other in _other_methods(question, backend)}
-    if chosen is None:
-        raise _does_not_fit(question, *too_large[0]) if too_large else _nobody(not_taken, question.layout)
-    named = {f"{info.name}_{way}": (info, way) for info in installed_backends() for way in METHODS}
-    for kernel, (info, way) in named.items():
-        reason = f"method {method} is asked for" if way != method else f"backend {wanted} is asked for"
-        if kernel != chosen[1].kernel and (info.name, way) != (chosen[0].name, method):
-            not_taken.setdefault(kernel, reason)
+    answers: list[_Answer] = []
+    chosen = None
+    for name in _names(question):
+        if chosen is None or compare:
+            answers.append(_answer(question, name))
+            chosen = chosen or (answers[-1] if answers[-1].obstacle is None else None)
+    if chosen is None or chosen.backend is None or chosen.offer is None:
+        raise _refusal(question, answers)
+    others = [offer for answer in answers if compare and answer.backend for offer in _others(question, answer.backend)]
     return Choice(
-        backend=chosen[0],
-        offer=chosen[1],
-        limit_bytes=question.limit(chosen[1]),
-        offers=tuple(offers.values()),
-        not_taken=not_taken,
+        backend=chosen.backend,
+        offer=chosen.offer,
+        limit_bytes=question.limit(chosen.offer),
+        offers=(*(answer.offer for answer in answers if answer.offer), *others),
+        not_taken=_not_taken(question, chosen, answers),
     )
 
 
@@ -129,41 +105,75 @@ def fits_memory(choice: Choice) -> GateVerdict:
     return GateVerdict(code="fits_memory", passed=True, message=f"{needed} within {_gib(choice.limit_bytes)}")
 
 
-def _asked(wanted: str) -> tuple[BackendInfo, ...]:
-    installed = installed_backends()
-    return installed if wanted == "auto" else tuple(info for info in installed if info.name == wanted)[:1] or (
-        # Nobody offers that name; loading it says so, and which are near.
-        BackendInfo(name=wanted, distribution="", version="", target="", missing=(), install=""),
-    )
+@attrs.frozen(kw_only=True)
+class _Answer:
+    """What came of asking one backend; ``obstacle`` says why it cannot do the run, None if it can."""
+
+    kernel: str
+    backend: Backend | None = None
+    offer: KernelOffer | None = None
+    obstacle: str | None = None
 
 
-def _loaded(info: BackendInfo, wanted: str, not_taken: dict[str, str], kernel: str) -> Backend | None:
-    if wanted != "auto":
-        return load_offers(info.name)
-    if info.missing:
-        not_taken[kernel] = f"needs {', '.join(info.missing)}: {info.install}"
-        return None
+def _names(question: Question) -> list[str]:
+    wanted = question.contract.compute.backend
+    return [info.name for info in installed_backends()] if wanted == "auto" else [wanted]
+
+
+def _answer(question: Question, name: str) -> _Answer:
+    kernel = f"{name}_{question.contract.adapter.method}"
     try:
-        return load_offers(info.name)
+        backend = load_offers(name)
     except PluginError as error:
+        if question.contract.compute.backend != "auto":
+            raise
         # One broken plugin must not stop the others; what is wrong with it stays on the plan.
-        not_taken[kernel] = error.what
-        return None
+        return _Answer(kernel=kernel, obstacle=error.what + (f": {error.fix}" if error.fix else ""))
+    offer = question.ask(backend)
+    obstacle = offer.reason if not offer.feasible else _too_much(question, offer)
+    return _Answer(kernel=kernel, backend=backend, offer=offer, obstacle=obstacle)
 
 
-def _other_methods(question: Question, backend: Backend) -> Iterator[KernelOffer]:
+def _others(question: Question, backend: Backend) -> Iterator[KernelOffer]:
+    """A backend's offers for the methods that are not asked for."""
     for method in METHODS:
         if method != question.contract.adapter.method:
-            fields = {"method": method, "kernel": None, "base_quant": "auto"}
-            yield question.ask(backend, question.contract.changed("compare", **fields))
+            changed = question.contract.changed("compare", method=method, kernel=None, base_quant="auto")
+            yield question.ask(backend, changed)
 
 
-def _exceeds(question: Question, offer: KernelOffer) -> bool:
-    return offer.peak_bytes is not None and offer.peak_bytes > question.limit(offer)
+def _not_taken(question: Question, chosen: _Answer, answers: Sequence[_Answer]) -> dict[str, str]:
+    wanted, method = question.contract.compute.backend, question.contract.adapter.method
+    obstacles = {answer.kernel: answer.obstacle for answer in answers if answer.obstacle is not None}
+    first = f"{chosen.kernel} comes first and can do the run" if wanted == "auto" else f"backend {wanted} is asked for"
+    return {
+        kernel: obstacles.get(kernel, first if way == method else f"method {method} is asked for")
+        for info in installed_backends()
+        for way in METHODS
+        if (kernel := f"{info.name}_{way}") != chosen.kernel
+    }
 
 
-def _too_much(question: Question, offer: KernelOffer) -> str:
-    return f"needs {_gib(offer.peak_bytes or 0)} of memory, {_gib(question.limit(offer))} may be used"
+def _too_much(question: Question, offer: KernelOffer) -> str | None:
+    """Why an offer's memory is too much; None if it is not, or is not known."""
+    limit = question.limit(offer)
+    if offer.peak_bytes is None or offer.peak_bytes <= limit:
+        return None
+    return f"needs {_gib(offer.peak_bytes)} of memory, {_gib(limit)} may be used"
+
+
+def _refusal(question: Question, answers: Sequence[_Answer]) -> GateError:
+    """Too large for the first that could, or nobody can."""
+    for answer in answers:
+        if answer.backend and answer.offer and answer.offer.feasible:
+            return _does_not_fit(question, answer.backend, answer.offer)
+    lines = [f"  - {answer.kernel}: {answer.obstacle}" for answer in answers] or ["  - no backend is installed"]
+    return GateError(
+        f"no backend can train model_type {question.layout.model_type!r} as asked:\n" + "\n".join(lines),
+        expected=f"{', '.join(FAMILIES)} by name; torch also takes what transformers' AutoModelForCausalLM knows",
+        fix="python -m mens_core doctor",
+        codes=("backend_available",),
+    )
 
 
 def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> GateError:
@@ -179,40 +189,31 @@ def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> G
 
 
 def _ways_to_fit(question: Question, backend: Backend) -> Iterator[tuple[str, int]]:
-    """Changes that make the run fit, the least intrusive first: (flags, bytes it then needs)."""
-    contract = question.contract
-    training, adapter, data = contract.training, contract.adapter, contract.data
-    single: dict[str, dict[str, object]] = {}
+    """Changes that make the run fit: (flags, bytes it then needs); single ones first, then more and more together."""
+    changes = _changes(question.contract)
+    together = [changes[:count] for count in range(2, len(changes) + 1)]
+    for group in (*([change] for change in changes), *together):
+        fields = {name: value for _, change in group for name, value in change.items()}
+        offer = question.ask(backend, question.contract.changed("advice", **fields))
+        if offer.feasible and offer.peak_bytes is not None and _too_much(question, offer) is None:
+            yield " ".join(flag for flag, _ in group), offer.peak_bytes
+
+
+def _changes(contract: FineTuneContract) -> list[tuple[str, dict[str, object]]]:
+    """Flags and fields that save memory, the least intrusive first."""
+    training, length = contract.training, contract.data.seq_len
+    window, half = training.batch_size * training.grad_accum, max(8, length // 2)
+    changes: list[tuple[str, dict[str, object]]] = []
     if training.batch_size > 1:
-        window = training.batch_size * training.grad_accum
-        single[f"--batch-size 1 --grad-accum {window}"] = {"batch_size": 1, "grad_accum": window}
-    if adapter.method == "lora":
-        single["--backend qlora"] = {"method": "qlora", "kernel": None, "base_quant": "auto"}
+        changes.append((f"--batch-size 1 --grad-accum {window}", {"batch_size": 1, "grad_accum": window}))
+    if contract.adapter.method == "lora":
+        changes.append(("--backend qlora", {"method": "qlora", "kernel": None, "base_quant": "auto"}))
     if contract.compute.dtype != "bfloat16":
-        single["--dtype bfloat16"] = {"dtype": "bfloat16"}
-    for seq_len in (data.seq_len // 2, data.seq_len // 4):
-        single[f"--seq-len {seq_len} --on-overlong truncate"] = {"seq_len": max(8, seq_len), "on_overlong": "truncate"}
-    if adapter.rank > 8:
-        single["--rank 8"] = {"rank": 8}
-    together: dict[str, object] = {}
-    flags: list[str] = []
-    both = {}
-    for flag, change in list(single.items()):
-        flags, together = [*flags, flag], together | change
-        both[" ".join(flags)] = dict(together)
-    for flag, change in (single | both).items():
-        offer = question.ask(backend, contract.changed("advice", **change))
-        if offer.feasible and offer.peak_bytes is not None and not _exceeds(question, offer):
-            yield flag, offer.peak_bytes
-
-
-def _nobody(not_taken: Mapping[str, str], layout: Layout) -> GateError:
-    lines = [f"  - {kernel}: {reason}" for kernel, reason in not_taken.items()] or ["  - no backend is installed"]
-    return GateError(
-        f"no backend can train model_type {layout.model_type!r} as asked:\n" + "\n".join(lines),
-        expected=f"{', '.join(FAMILIES)} by name; torch also takes what transformers' AutoModelForCausalLM knows",
-        fix="python -m mens_core doctor",
-    )
+        changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
+    if contract.adapter.rank > _SMALL_RANK:
+        changes.append((f"--rank {_SMALL_RANK}", {"rank": _SMALL_RANK}))
+    changes.append((f"--seq-len {half} --on-overlong truncate", {"seq_len": half, "on_overlong": "truncate"}))
+    return changes
 
 
 def _gib(count: int) -> str:

@@ -210,6 +210,7 @@ class ExecutionPlan:
         offers: every backend's answer that was asked for.
         not_taken: every other kernel that is installed → why it was not taken.
         gates: what was checked, in order.
+        decided: field of the contract → the value that the planner gave it, where ``auto`` or nothing was asked for.
         preflight: what must hold before training starts; a run is refused if one did not pass, a plan is not.
         warnings: what the user should know although nothing is wrong.
     """
@@ -236,6 +237,7 @@ class ExecutionPlan:
     train_file: Path | None = None
     eval_file: Path | None = None
     not_taken: Mapping[str, str] = attrs.field(factory=dict)
+    decided: Mapping[str, Any] = attrs.field(factory=dict)
     gates: tuple[GateVerdict, ...] = ()
     preflight: tuple[GateVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -262,7 +264,8 @@ class ExecutionPlan:
             "stored_bytes": self.weights.stored_bytes,
             "tokenizer": self.tokenizer,
             "contract": self.contract.as_fields(),
-            "origins": dict(self.contract.origins),
+            "decided": dict(self.decided),
+            "origins": self.origins(),
             "contract_digest": self.contract_digest,
             "contents": dict(self.contents),
             "workload": attrs.asdict(self.workload) if self.workload else None,
@@ -274,6 +277,11 @@ class ExecutionPlan:
             "preflight": [attrs.asdict(verdict) for verdict in self.preflight],
             "warnings": list(self.warnings),
         }
+
+    def origins(self) -> dict[str, str]:
+        """Every field of the contract → where the value it has in this run comes from."""
+        given = dict.fromkeys(self.contract.as_fields(), "default") | dict(self.contract.origins)
+        return given | dict.fromkeys(self.decided, "planner")
 
     def estimate(self) -> dict[str, float | None]:
         """What the run is expected to need: peak memory in bytes, seconds a step, tokens a second, seconds in all."""

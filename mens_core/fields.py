@@ -95,7 +95,7 @@ def _bytes(text: str) -> int:
     found = _SIZE.fullmatch(text.strip().lower())
     if found is None:
         raise ValueError(f"{text!r} is not a size such as 6GiB, 800MB or a number of bytes")
-    return round(float(found[1]) * _UNITS[found[2]])
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def choice(default: str, choices: tuple[str, ...], help_text: str, **extra: Any) -> Any:

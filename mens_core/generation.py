@@ -60,7 +60,7 @@ def generate(
     given = {"model": model, **fields} if model is not None else fields
     contract = FineTuneContract.from_fields(trains=False, **((_adapter_fields(folder) if folder else {}) | given))
     plan, backend = resolve(contract, trains=False)
-    encoder = Encoder(open_tokenizer(plan.tokenizer, plan.model_dir, plan.layout))
+    encoder = Encoder(open_tokenizer(plan.tokenizer_file, plan.layout))
     ids = encoder.encode([opening([Turn(role="user", content=prompt)])])[0].input_ids
     room = plan.layout.max_positions - len(ids)
     if room < 1:

@@ -86,7 +86,13 @@ def load_offers(name: str) -> Backend:
         PluginError: as ``load_backend`` does.
     """
     info = _single(name)
-    return _loaded(info, _offers(info) or [_entry(BACKENDS, name)])
+    offers = _offers(info)
+    if offers and info.missing:
+        # The module loads without its framework; the backend would not.
+        raise BrokenBackendError(
+            f"backend {name!r} needs {', '.join(info.missing)}", where=info.distribution, fix=info.install
+        )
+    return _loaded(info, offers or [_entry(BACKENDS, name)])
 
 
 def _loaded(info: BackendInfo, entries: Sequence[importlib.metadata.EntryPoint]) -> Backend:

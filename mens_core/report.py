@@ -41,6 +41,111 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A plan for people: what runs, on what, how much of it, what it needs, what was checked."""
+    contract, work = plan["contract"], plan["workload"]
+    batch, share = work["tokens"] / work["batches"], work["supervised"] / work["tokens"]
+    at_most = f", at most {contract['max_steps']}" if contract["max_steps"] else ""
+    checks = [*plan["gates"], *plan["preflight"]]
+    passed = sum(check["passed"] for check in checks)
+    facts = [
+        ("kernel", f"{plan['execution_kernel']} on {plan['device']} in {plan['dtype']}; {plan['runbook_kernel']}"),
+        ("base", f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters"),
+        ("adapter", f"rank {contract['rank']}, alpha {contract['alpha']:g}, on {', '.join(contract['targets'])}"),
+        ("rows", f"{work['rows']:,} by {work['source']}, {batch:,.0f} tokens a batch, {share:.0%} supervised"),
+        ("run", f"{work['steps']:,} steps of {work['batches']:.3g} batches, {contract['epochs']} epochs{at_most}"),
+        ("memory", _memory(plan)),
+        ("time", _time(plan)),
+        ("digest", plan["contract_digest"]),
+        ("checks", f"{passed} of {len(checks)} hold"),
+        *(("refused", f"[{check['code']}] not so: {check['message']}") for check in checks if not check["passed"]),
+        *(("warning", warning) for warning in plan["warnings"]),
+    ]
+    lines = [f"{label:<9}{text}" for label, text in facts]
+    if len(plan["offers"]) > 1:
+        lines += ["", _offers_table(plan["offers"])]
+    return "\n".join([*lines, "", table(("not taken", "why"), list(plan["not_taken"].items()))])
+
+
+def origins_text(plan: Mapping[str, Any]) -> str:
+    """Every value of a plan and where it comes from."""
+    values = plan["contract"] | plan["decided"]
+    rows = [(name, _value(values[name]), origin) for name, origin in plan["origins"].items()]
+    return table(("field", "value", "from"), rows)
+
+
+def doctor_text(found: Mapping[str, Any]) -> str:
+    """What an examination of this installation found."""
+    drivers = ", ".join(found["accelerator_drivers"]) or "none"
+    lines = [
+        f"python     {found['python']} on {found['platform']}",
+        f"processor  {found['processor']}, {_many(found['processors'], 'processor')} usable",
+        f"memory     {_gigabytes(found['memory_bytes'])}",
+        f"drivers    of accelerators: {drivers}",
+        "",
+        table(("package", "version"), [(name, version or "-") for name, version in found["packages"].items()]),
+        "",
+        table(("kernel", "state"), [(name, _kernel_state(state)) for name, state in found["kernels"].items()]),
+        "",
+        table(
+            ("variable", "value", "meaning"),
+            [(name, entry["value"] or "-", entry["meaning"]) for name, entry in found["variables"].items()],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _memory(plan: Mapping[str, Any]) -> str:
+    parts = next(offer for offer in plan["offers"] if offer["kernel"] == plan["execution_kernel"])["memory"]
+    if not parts:
+        return f"no estimate; {_gigabytes(plan['limit_bytes'])} may be used"
+    listing = ", ".join(f"{name.replace('_', ' ')} {_gigabytes(size)}" for name, size in parts.items() if size)
+    return f"{_gigabytes(sum(parts.values()))} of {_gigabytes(plan['limit_bytes'])}: {listing}"
+
+
+def _time(plan: Mapping[str, Any]) -> str:
+    offer = next(offer for offer in plan["offers"] if offer["kernel"] == plan["execution_kernel"])
+    seconds, speed, total = (plan["estimate"][name] for name in ("seconds_per_step", "tokens_per_sec", "train_seconds"))
+    if seconds is None:
+        return "no estimate"
+    return f"{seconds:.3g} s a step, {speed:,.0f} tokens/s, {_duration(total)} in all; {offer['seconds_source']}"
+
+
+def _offers_table(offers: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            offer["kernel"],
+            offer["device"] or "-",
+            offer["dtype"] or "-",
+            _gigabytes(sum(offer["memory"].values())) if offer["memory"] else "-",
+            f"{offer['seconds_per_step']:.3g}" if offer["seconds_per_step"] is not None else "-",
+            offer["reason"] or offer["seconds_source"],
+        )
+        for offer in offers
+    ]
+    return table(("kernel", "device", "format", "memory", "s/step", "remarks"), rows)
+
+
+def _kernel_state(state: Mapping[str, Any]) -> str:
+    return "ready" if state["ready"] else f"{state['obstacle']}: {state['fix']}" if state["fix"] else state["obstacle"]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
     """What happened and where everything lies, for the end of a run."""
     results = manifest["results"]

@@ -37,7 +37,10 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             # An alias to an alias to an alias makes a small file large.
             raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not read; write the value out", self.peek_event().start_mark
+                None,
+                None,
+                "aliases are not read; write the value out",
+                self.peek_event().start_mark,  # type: ignore[no-untyped-call]
             )
         return super().compose_node(parent, index)
 

@@ -95,6 +95,7 @@ def test_the_torch_backend_imports_no_jax():
 def test_the_public_surface_is_what_it_says():
     assert mens_core.__all__ == [
         "BackendInfo",
+        "BaseWeights",
         "Batch",
         "BatchShape",
         "ExecutionPlan",
@@ -108,8 +109,11 @@ def test_the_public_surface_is_what_it_says():
         "Planner",
         "QuantizedWeight",
         "RunResult",
+        "Speed",
         "StepMetrics",
         "TrainingState",
+        "Workload",
+        "examine",
         "generate",
         "hookimpl",
         "installed_backends",

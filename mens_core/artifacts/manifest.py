@@ -70,7 +70,7 @@ def _planned(plan: ExecutionPlan, plugin: str) -> dict[str, Any]:
         "d_model": layout.hidden_size,
         "n_heads": layout.num_heads,
         "n_layers": layout.num_layers,
-        "train_file": str(contract.data.train_file),
+        "train_file": str(plan.train_file),
         "rank": contract.adapter.rank,
         "alpha": contract.adapter.alpha,
         "seq_len": contract.data.seq_len,

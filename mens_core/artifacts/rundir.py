@@ -16,8 +16,8 @@ from pathlib import Path
 import attrs
 import filelock
 
-from mens_core.contract import OutputSpec
 from mens_core.errors import RunDirectoryError
+from mens_core.sections import OutputSpec
 
 __all__ = ["MANIFEST", "RunDirectory"]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 
-from mens_core.contract import FineTuneContract, contract_fields
-from mens_core.presets import PRESETS, preset_fields
+from mens_core.config import build_contract
+from mens_core.contract import FineTuneContract, Layer, contract_fields
+from mens_core.presets import PRESETS
 
-__all__ = ["add_contract_flags", "contract_from"]
+__all__ = ["add_contract_flags", "add_layer_flags", "contract_from"]
 
 
 def add_contract_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...] | None = None) -> None:
@@ -23,22 +26,36 @@ def add_contract_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...
 
 
 def contract_from(arguments: argparse.Namespace, *, trains: bool = True) -> FineTuneContract:
-    """Build the contract: flags over preset over defaults.
+    """Build the contract: flags over ``--preset`` over ``--config`` over defaults.
 
     Raises:
         ContractError: listing every problem.
     """
-    names = {field.name for _, field in contract_fields()}
-    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-    preset = preset_fields(arguments.preset) if getattr(arguments, "preset", None) else {}
-    return FineTuneContract.from_fields(trains=trains, **{**preset, **given})
-
-
-def add_preset_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--preset``."""
-    parser.add_argument(
-        "--preset", metavar="NAME", help=f"named settings that explicit flags override: {', '.join(PRESETS)}"
+    return build_contract(
+        _given(arguments),
+        config=getattr(arguments, "config", None),
+        preset=getattr(arguments, "preset", None),
+        trains=trains,
     )
+
+
+def add_layer_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config`` and ``--preset``."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of the fields below, such as rank: 8; it may name a preset, and flags win over it",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"named settings; they win over --config, and flags win over them: {', '.join(PRESETS)}",
+    )
+
+
+def _given(arguments: argparse.Namespace) -> Layer:
+    names = {field.name for _, field in contract_fields()}
+    return "flag", {name: value for name, value in vars(arguments).items() if name in names and value is not None}
 
 
 def _add_flag(group: Any, field: attrs.Attribute[Any]) -> None:
@@ -52,11 +69,19 @@ def _add_flag(group: Any, field: attrs.Attribute[Any]) -> None:
     group.add_argument(
         flag,
         dest=field.name,
-        type=field.metadata["parse"],
+        type=functools.partial(_parsed, field.metadata["parse"]),
         metavar=_metavar(field),
         default=None,
         help=_help(field),
     )
+
+
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+    """The value of a flag's text, or the text: the contract then names it beside every other problem."""
+    try:
+        return parse(text)
+    except ValueError:
+        return text
 
 
 def _metavar(field: attrs.Attribute[Any]) -> str:

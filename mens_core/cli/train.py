@@ -6,7 +6,7 @@ import argparse
 
 import mens_core
 from mens_core import report
-from mens_core.cli.flags import add_contract_flags, add_preset_flag, contract_from
+from mens_core.cli.flags import add_contract_flags, add_layer_flags, contract_from
 
 __all__ = ["add_arguments", "run"]
 
@@ -24,7 +24,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``train``."""
     parser.epilog = _EXAMPLES
-    add_preset_flag(parser)
+    add_layer_flags(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_contract_flags(parser)
 

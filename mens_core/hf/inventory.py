@@ -36,14 +36,14 @@ class Inventory:
         files: the weight files, in order.
         tensors: name as stored → what its file's header says.
         places: name as stored → the file that holds it.
-        linears: (out, in) of every linear layer of the decoder, see ``read_inventory``.
+        linears: module path → (out, in) of every linear layer of the decoder, see ``read_inventory``.
     """
 
     folder: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo] = attrs.field(repr=False)
     places: Mapping[str, Path] = attrs.field(repr=False)
-    linears: tuple[tuple[int, int], ...] = attrs.field(repr=False)
+    linears: Mapping[str, tuple[int, int]] = attrs.field(repr=False)
 
     @property
     def parameters(self) -> int:
@@ -94,7 +94,7 @@ def read_inventory(folder: Path, layout: Layout | None) -> Inventory:
             f"the index names tensors that their shard does not hold: {_listing(absent)}", where=folder / _INDEX
         )
     if layout is not None and layout.family is not None:
-        linears = tuple(linear_shapes(layout).values())
+        linears = linear_shapes(layout)
     else:
         linears = _linears_by_rule(tensors, None if layout is None else layout.vocab_size)
     return Inventory(folder=folder, files=files, tensors=tensors, places=places, linears=linears)
@@ -180,12 +180,12 @@ def _no_weights(folder: Path) -> ModelError:
     )
 
 
-def _linears_by_rule(tensors: Mapping[str, TensorInfo], vocab_size: int | None) -> tuple[tuple[int, int], ...]:
-    return tuple(
-        (info.shape[0], info.shape[1])
+def _linears_by_rule(tensors: Mapping[str, TensorInfo], vocab_size: int | None) -> dict[str, tuple[int, int]]:
+    return {
+        name.removesuffix(".weight"): (info.shape[0], info.shape[1])
         for name, info in tensors.items()
         if len(info.shape) == 2 and info.shape[0] != vocab_size and not any(word in name for word in _TABLES)
-    )
+    }
 
 
 def _listing(names: list[str]) -> str:

@@ -71,15 +71,14 @@ class EncodedRows:
         }
 
 
-def open_tokenizer(tokenizer: str, model_dir: Path, layout: Layout) -> Tokenizer:
-    """The tokenizer of a plan: ``lab``'s, or with ``hf`` the model's ``tokenizer.json``, checked against its embedding.
+def open_tokenizer(path: Path | None, layout: Layout) -> Tokenizer:
+    """The tokenizer of a file such as ``tokenizer.json``, checked against the embedding; without a file the lab's.
 
     Raises:
         ModelError: if the file is malformed, or gives ids the embedding has no row for.
     """
-    if tokenizer == "lab":
+    if path is None:
         return lab_tokenizer()
-    path = model_dir / "tokenizer.json"
     try:
         opened = Tokenizer.from_file(str(path))
     # The library raises a bare Exception for every malformed file.

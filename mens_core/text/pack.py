@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mens_core.contract import TrainingSpec
 from mens_core.exchange import IGNORE, Batch, BatchShape
+from mens_core.sections import TrainingSpec
 from mens_core.text.encode import TokenRow
 
 __all__ = ["batches", "epoch_order", "pack", "run_shape", "steps_per_epoch", "total_steps", "windows"]

@@ -64,7 +64,7 @@ class RowSample:
         rows: those that are not faulty and are to be trained on.
         sampled: how many lines were read.
         faulty: how many of them cannot be used.
-        lines: lines of the file, exact if ``whole``.
+        lines: lines of the file.
     """
 
     rows: tuple[Row, ...]
@@ -84,7 +84,7 @@ class RowSample:
         policy = "drop" if data.on_overlong in {"auto", "error"} else data.on_overlong
         kept: tuple[TokenRow, ...] = encode_rows(self.rows, encoder, seq_len=data.seq_len, on_overlong=policy).rows
         count = max(1, round(self.lines * len(kept) / self.sampled))
-        source = "all rows" if self.whole else f"{self.sampled} of about {self.lines:,} rows"
+        source = "all rows" if self.whole else f"a sample of {self.sampled}"
         return workload(kept, contract.training, num_rows=count, source=source)
 
 

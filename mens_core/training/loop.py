@@ -9,8 +9,8 @@ from typing import Any
 import attrs
 
 from mens_core.backend import Backend
-from mens_core.contract import TrainingSpec
 from mens_core.exchange import Batch, StepMetrics
+from mens_core.sections import TrainingSpec
 from mens_core.text.encode import TokenRow
 from mens_core.text.pack import batches, total_steps, windows
 from mens_core.training.guards import check_finite

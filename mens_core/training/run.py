@@ -19,10 +19,10 @@ from mens_core.artifacts.manifest import Manifest
 from mens_core.artifacts.model_card import model_card
 from mens_core.artifacts.rundir import RunDirectory
 from mens_core.backend import Backend
-from mens_core.corpus.rows import read_rows
 from mens_core.exchange import ExecutionPlan
-from mens_core.text.encode import EncodedRows, Encoder, encode_rows, open_tokenizer
+from mens_core.text.encode import EncodedRows, Encoder, open_tokenizer
 from mens_core.text.pack import run_shape, total_steps
+from mens_core.training.data import check_enough, load_rows
 from mens_core.training.guards import check_changed, check_trainable
 from mens_core.training.loop import Progress, evaluate, train
 from mens_core.training.memory import peak_memory_bytes
@@ -92,12 +92,11 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
 
 
 def _read_data(plan: ExecutionPlan) -> tuple[EncodedRows, EncodedRows | None]:
-    data = plan.contract.data
-    encoder = Encoder(open_tokenizer(plan.tokenizer, plan.model_dir, plan.layout))
-    rows = encode_rows(read_rows(data.train_file), encoder, seq_len=data.seq_len, on_overlong=data.on_overlong)
-    if not data.eval_file.is_file():
-        return rows, None
-    return rows, encode_rows(read_rows(data.eval_file), encoder, seq_len=data.seq_len, on_overlong=data.on_overlong)
+    assert plan.train_file is not None, "a plan to train has rows"
+    encoder = Encoder(open_tokenizer(plan.tokenizer_file, plan.layout))
+    rows = load_rows(plan.train_file, plan.contract, encoder)
+    check_enough(plan.train_file, rows, plan.contract.data.min_rows)
+    return rows, load_rows(plan.eval_file, plan.contract, encoder) if plan.eval_file else None
 
 
 def _train(
@@ -169,7 +168,8 @@ def _preflight(plan: ExecutionPlan) -> dict[str, Any]:
         "schema_version": "vox.mens.preflight.v0",
         "contract_digest": plan.contract_digest,
         "execution_kernel": plan.execution_kernel,
-        "notes": [gate.message for gate in plan.gates] + list(plan.warnings),
+        "checks": [attrs.asdict(verdict) for verdict in (*plan.gates, *plan.preflight)],
+        "notes": list(plan.warnings),
     }
 
 

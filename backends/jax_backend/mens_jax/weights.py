@@ -11,7 +11,6 @@ Names and orientation are the checkpoint's own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -22,6 +21,7 @@ from jax import Array
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.errors import ModelError
 from mens_core.exchange import ExecutionPlan, NF4Spec
+from mens_core.hf.fit import HEAD, misfits
 from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
 from mens_jax._arrays import device_named
 from mens_jax._names import stacked_name
@@ -31,10 +31,7 @@ __all__ = ["load_base"]
 
 Base: TypeAlias = "dict[str, Array | NF4Weight]"
 
-# Masks and rotary tables that older versions of transformers saved beside the weights.
-_BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_HEAD, _EMBEDDINGS = "lm_head.weight", ("transformer.wte.weight", "model.embed_tokens.weight")
+_EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 
 
 def load_base(plan: ExecutionPlan) -> Base:
@@ -78,24 +75,10 @@ class _Reader:
         self.problems: list[str] = []
 
     def misfits(self) -> list[str]:
-        """What the headers alone show to be wrong."""
-        wanted, headers, layout = tensor_shapes(self.plan.layout), self.folder.headers, self.plan.layout
-        found = {name: headers[stored] for name, stored in self.stored.items() if not _BUFFERS.search(name)}
-        if layout.tied and _HEAD in found and self._repeats_embedding():
-            del found[_HEAD]
-        problems = [f"{name} is missing" for name in sorted(set(wanted) - set(found))]
-        problems += [f"{name} is left over" for name in sorted(set(found) - set(wanted))]
-        both = [name for name in wanted if name in found]
-        problems += [
-            f"{name} has shape {found[name].shape}, the config asks for {wanted[name]}"
-            for name in both
-            if found[name].shape != wanted[name]
-        ]
-        return problems + [
-            f"{name} is stored as {found[name].dtype}, not as floating-point numbers"
-            for name in both
-            if found[name].dtype not in _FLOATS
-        ]
+        """What the headers alone show to be wrong, and a head that is tied to the embedding but differs from it."""
+        problems = [text for texts in misfits(self.plan.layout, self.folder.headers).values() for text in texts]
+        differs = self.plan.layout.tied and HEAD in self.stored and not self._repeats_embedding()
+        return [*problems, f"{HEAD} is left over"] if differs else problems
 
     def read(self, names: Sequence[str]) -> Array | NF4Weight:
         """One tensor, or the tensors of all layers stacked."""
@@ -124,7 +107,7 @@ class _Reader:
 
     def _repeats_embedding(self) -> bool:
         """Whether a head that the config ties to the embedding was saved all the same."""
-        head = self.folder[self.stored[_HEAD]]
+        head = self.folder[self.stored[HEAD]]
         tables = [self.folder[self.stored[name]] for name in _EMBEDDINGS if name in self.stored]
         return any(table.shape == head.shape and np.array_equal(table, head) for table in tables)
 

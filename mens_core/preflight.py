@@ -1,0 +1,109 @@
+"""What must hold before the first byte is trained, beyond the planner's gates: the base's tensors, the rows.
+
+A plan is made whatever is found here, so that it can show everything at once; a run is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mens_core.artifacts.tensors import TensorFolder
+from mens_core.exchange import GateVerdict
+from mens_core.hf.blocks import inventory_names, missing_middle_keys_report, ordered_middle_projection_keys
+from mens_core.hf.fit import MISFITS, misfits
+from mens_core.hf.inventory import Coverage, Inventory, middle_coverage
+from mens_core.hf.layout import Layout
+from mens_core.training.data import RowSample
+
+__all__ = ["coverage_warning", "finite_weights", "fitting_tensors", "readable_rows", "strict_proxy_stack"]
+
+_NAMES_SHOWN = 32
+_NUMBERS_AT_A_TIME = 1 << 22
+_WRONG = {
+    "missing": ("tensors_present", "every tensor that config.json asks for"),
+    "left_over": ("tensors_known", "no tensor beyond those that config.json asks for"),
+    "shape": ("tensor_shapes", "every tensor in the shape that config.json asks for"),
+    "dtype": ("tensor_dtypes", "every tensor in a floating-point format"),
+}
+
+
+def strict_proxy_stack(layout: Layout, inventory: Inventory) -> GateVerdict:
+    """The gate of ``qlora_require_full_proxy_stack``: every layer's attention output projection is there."""
+    coverage = middle_coverage(layout, inventory.tensors, "qlora")
+    counts = f"{coverage.keys_matched} of {coverage.keys_expected} attention output projections"
+    complete = coverage.complete is True
+    return GateVerdict(
+        code="strict_proxy_stack",
+        passed=complete,
+        message=f"strict proxy stack: {counts}" + ("" if complete else f"; {_missing(layout, inventory)}"),
+        fix="a complete checkpoint, or drop --qlora-require-full-proxy-stack to see the plan all the same",
+    )
+
+
+def coverage_warning(layout: Layout, inventory: Inventory, coverage: Coverage) -> tuple[str, ...]:
+    """A partial proxy stack in words, naming what is missing; nothing where it is complete or was not counted."""
+    if coverage.complete is not False:
+        return ()
+    counts = f"{coverage.keys_matched} of {coverage.keys_expected} attention output projections are there"
+    return (f"partial proxy stack: {counts}; {_missing(layout, inventory)}",)
+
+
+def fitting_tensors(layout: Layout, inventory: Inventory) -> tuple[GateVerdict, ...]:
+    """Names, shapes and formats of all tensors against config.json; nothing where the core does not know the family."""
+    if layout.family is None:
+        return ()
+    found = misfits(layout, inventory.tensors)
+    verdicts = []
+    for kind in MISFITS:
+        code, wanted = _WRONG[kind]
+        texts = found[kind]
+        more = [f"and {len(texts) - _NAMES_SHOWN} more"] if len(texts) > _NAMES_SHOWN else []
+        listing = "; ".join([*texts[:_NAMES_SHOWN], *more])
+        verdicts.append(
+            GateVerdict(
+                code=code,
+                passed=not texts,
+                message=wanted + (f" ({len(texts)} are not so: {listing})" if texts else ""),
+                fix="download the model again, or mend its config.json",
+            )
+        )
+    return tuple(verdicts)
+
+
+def readable_rows(rows: RowSample) -> GateVerdict:
+    """Whether the rows of a sample can be used; all are checked when a run reads them."""
+    which = "all" if rows.whole else "a sample of"
+    return GateVerdict(
+        code="rows_readable",
+        passed=not rows.faulty,
+        message=f"{which} {rows.sampled} rows can be used" + (f" ({rows.faulty} cannot)" if rows.faulty else ""),
+        fix="python -m mens_core train lists every faulty row of the file",
+    )
+
+
+def finite_weights(folder: TensorFolder) -> GateVerdict:
+    """Read every weight once, a few million at a time, and look for NaN and infinity."""
+    broken = [name for name, tensor in folder.items() if not _finite(tensor)]
+    shown = f" ({len(broken)} hold others: {', '.join(broken[:_NAMES_SHOWN])})" if broken else ""
+    return GateVerdict(
+        code="weights_finite",
+        passed=not broken,
+        message=f"finite numbers in all {len(folder)} tensors{shown}",
+        fix="download the model again",
+    )
+
+
+def _finite(tensor: NDArray[Any]) -> bool:
+    flat = tensor.reshape(-1)
+    pieces = range(0, flat.size, _NUMBERS_AT_A_TIME)
+    return all(np.isfinite(flat[start : start + _NUMBERS_AT_A_TIME].astype(np.float32)).all() for start in pieces)
+
+
+def _missing(layout: Layout, inventory: Inventory) -> str:
+    present = inventory_names(layout, inventory.tensors)
+    names = missing_middle_keys_report(layout, present, _NAMES_SHOWN)
+    more = len(set(ordered_middle_projection_keys(layout)) - present) - len(names)
+    return f"missing: {', '.join(names)}" + (f" and {more} more" if more > 0 else "")
