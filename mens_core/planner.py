@@ -22,7 +22,14 @@ from mens_core.exchange import ExecutionPlan, GateVerdict
 from mens_core.gates import contract_gates, refuse_failed
 from mens_core.machine import this_machine
 from mens_core.plugins import load_backend
-from mens_core.preflight import coverage_warning, finite_weights, fitting_tensors, readable_rows, strict_proxy_stack
+from mens_core.preflight import (
+    coverage_warning,
+    finite_weights,
+    fitting_tensors,
+    readable_rows,
+    rotary_pairs,
+    strict_proxy_stack,
+)
 from mens_core.survey import Base, Rows, look_at_base, look_at_rows
 from mens_core.training.run import RunResult, run_plan
 from mens_core.training.schedule import warmup_for
@@ -118,6 +125,7 @@ def decide(contract: FineTuneContract, *, trains: bool = True, compare: bool = F
     refuse_failed(asked)
     base = look_at_base(contract)
     rows = look_at_rows(contract, base) if trains else None
+    preflight = _preflight(contract, base, rows)
     question = Question(
         contract=contract,
         layout=base.layout,
@@ -126,7 +134,6 @@ def decide(contract: FineTuneContract, *, trains: bool = True, compare: bool = F
         work=lambda changed: rows.workload(changed) if rows else None,
     )
     choice = choose(question, compare=compare)
-    preflight = _preflight(contract, base, rows)
     contents = base.contents() | (rows.contents() if rows else {})
     plan = ExecutionPlan(
         contract=contract,
@@ -200,6 +207,7 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
         refuse_failed((strict_proxy_stack(base.layout, base.inventory),))
     return (
         *fitting_tensors(base.layout, base.inventory),
+        rotary_pairs(base.layout),
         *((readable_rows(rows.sample),) if rows else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )

@@ -13,12 +13,20 @@ from numpy.typing import NDArray
 from mens_core.artifacts.tensors import TensorFolder
 from mens_core.exchange import GateVerdict
 from mens_core.hf.blocks import inventory_names, missing_middle_keys_report, ordered_middle_projection_keys
+from mens_core.hf.families import REGISTRY
 from mens_core.hf.fit import MISFITS, misfits
 from mens_core.hf.inventory import Coverage, Inventory, middle_coverage
 from mens_core.hf.layout import Layout
 from mens_core.training.data import RowSample
 
-__all__ = ["coverage_warning", "finite_weights", "fitting_tensors", "readable_rows", "strict_proxy_stack"]
+__all__ = [
+    "coverage_warning",
+    "finite_weights",
+    "fitting_tensors",
+    "readable_rows",
+    "rotary_pairs",
+    "strict_proxy_stack",
+]
 
 _NAMES_SHOWN = 32
 _NUMBERS_AT_A_TIME = 1 << 22
@@ -71,6 +79,20 @@ def fitting_tensors(layout: Layout, inventory: Inventory) -> tuple[GateVerdict, 
             )
         )
     return tuple(verdicts)
+
+
+def rotary_pairs(layout: Layout) -> GateVerdict:
+    """Whether the rotated part of a head is made of whole pairs, as rotations need."""
+    rotated = (
+        layout.rope.get("partial_rotary_factor", layout.config.get("partial_rotary_factor", 1.0)) * layout.head_dim
+    )
+    rotates = layout.family is not None and REGISTRY[layout.family].rotary
+    return GateVerdict(
+        code="rotary_pairs",
+        passed=not rotates or int(rotated) % 2 == 0,
+        message=f"heads of {layout.head_dim} dimensions can be rotated in pairs" if rotates else "nothing is rotated",
+        fix="config.json of a model that was trained with these heads",
+    )
 
 
 def readable_rows(rows: RowSample) -> GateVerdict:

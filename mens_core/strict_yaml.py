@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from mens_core.errors import MensError
 
@@ -23,8 +22,11 @@ def read_mapping(path: Path, error: type[MensError]) -> dict[str, Any]:
     Raises:
         MensError: of the given kind, if the file cannot be read, is no mapping, or gives a key twice.
     """
+    # heavy: help is generated from the contract and reads no file
+    import yaml  # noqa: PLC0415
+
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a subclass of SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader())  # noqa: S506 (a subclass of SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as problem:
         raise error(f"the YAML file cannot be read: {problem}", where=path) from problem
     if not isinstance(content, dict):
@@ -32,33 +34,32 @@ def read_mapping(path: Path, error: type[MensError]) -> dict[str, Any]:
     return content
 
 
-class _Loader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            # An alias to an alias to an alias makes a small file large.
-            raise yaml.constructor.ConstructorError(
-                None,
-                None,
-                "aliases are not read; write the value out",
-                self.peek_event().start_mark,  # type: ignore[no-untyped-call]
-            )
-        return super().compose_node(parent, index)
+@functools.cache
+def _loader() -> Any:
+    """YAML's safe loader with the stricter rules."""
+    # heavy: see above
+    import yaml  # noqa: PLC0415
 
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                # An alias to an alias to an alias makes a small file large.
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.constructor.ConstructorError(None, None, "aliases are not read; write the value out", mark)
+            return super().compose_node(parent, index)
 
-def _unique(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is no word", key_node.start_mark)
-        if key in mapping:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
+    def unique(loader: Loader, node: yaml.MappingNode) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            problem = f"the key {key!r} is no word" if not isinstance(key, str) else f"the key {key!r} stands twice"
+            if not isinstance(key, str) or key in mapping:
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            mapping[key] = loader.construct_object(value_node, deep=True)
+        return mapping
 
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique)
-# YAML 1.1 reads 2e-4, without a point, as text; everybody means the number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+0123456789.")
-)
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, unique)
+    # YAML 1.1 reads 2e-4, without a point, as text; everybody means the number.
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    return Loader

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mens_core.contract import FineTuneContract, contract_fields, kernel_parts, resolve_backend
+from mens_core.contract import RETIRED, FineTuneContract, contract_fields, kernel_parts
 from mens_core.errors import ContractError
-from mens_core.presets import PRESETS, preset_fields
+from mens_core.gates import contract_gates
+from mens_core.presets import ALIASES, PRESETS, preset_fields
 
 REQUIRED = {"data_dir": "corpus", "output_dir": "run"}
 
@@ -16,16 +17,30 @@ OTHER = {
     "model": "elsewhere",
     "revision": "v2",
     "tokenizer": "lab",
+    "tokenizer_json": "tokenizer.json",
+    "scan_weights": True,
+    "base_family": "qwen2.5",
+    "upstream_model_id": "owner/name",
+    "license_class": "apache-2.0",
+    "attribution_required": True,
     "data_dir": "other",
     "seq_len": 64,
     "on_overlong": "drop",
+    "min_rating": 3,
+    "context_filter": "code",
+    "min_rows": 10,
+    "max_skip_rate": 0.1,
     "method": "qlora",
     "rank": 8,
     "alpha": 1.0,
     "rslora": True,
     "targets": ("q_proj",),
+    "adapter_tag": "mine",
+    "base_quant": "nf4",
     "block_size": 128,
     "double_quant": False,
+    "qlora_require_full_proxy_stack": True,
+    "qlora_allow_partial_proxy_stack": True,
     "epochs": 1,
     "max_steps": 5,
     "batch_size": 1,
@@ -37,12 +52,29 @@ OTHER = {
     "max_grad_norm": 0.3,
     "seed": 1,
     "backend": "jax",
+    "kernel": "burn_lora",
     "device": "cpu",
     "dtype": "float32",
+    "max_memory": 1 << 30,
+    "max_vram_fraction": 0.5,
     "output_dir": "elsewhere",
     "overwrite": True,
+    "deployment_target": "mobile_edge",
 }
-PLACES = {"model", "revision", "data_dir", "output_dir", "overwrite"}
+# Places enter by their content; limits and checks do not change what a run computes.
+NOT_IN_THE_DIGEST = {
+    "model",
+    "revision",
+    "tokenizer_json",
+    "scan_weights",
+    "data_dir",
+    "kernel",
+    "max_memory",
+    "max_vram_fraction",
+    "output_dir",
+    "overwrite",
+}
+TOGETHER = {name: value for name, value in OTHER.items() if name != "qlora_allow_partial_proxy_stack"}
 
 
 def test_every_problem_of_a_contract_is_reported_at_once():
@@ -59,7 +91,7 @@ def test_every_problem_of_a_contract_is_reported_at_once():
 
 
 def test_fields_survive_the_way_out_and_back():
-    contract = FineTuneContract.from_fields(**{**REQUIRED, **OTHER})
+    contract = FineTuneContract.from_fields(**{**REQUIRED, **TOGETHER})
     assert FineTuneContract.from_fields(**contract.as_fields()) == contract
 
 
@@ -71,7 +103,7 @@ def test_the_table_of_other_values_covers_every_field():
 def test_the_digest_changes_with_every_field_that_changes_the_result_and_with_no_path(name):
     base = FineTuneContract.from_fields(**REQUIRED)
     changed = FineTuneContract.from_fields(**{**REQUIRED, name: OTHER[name]})
-    assert (base.digest({}) == changed.digest({})) == (name in PLACES)
+    assert (base.digest({}) == changed.digest({})) == (name in NOT_IN_THE_DIGEST)
 
 
 def test_the_digest_changes_with_the_contents():
@@ -89,26 +121,96 @@ def test_any_values_give_a_contract_or_a_contract_error(values):
 
 
 @pytest.mark.parametrize(
-    ("backend", "method", "expected"),
+    ("backend", "expected"),
     [
-        ("lora", None, ("auto", "lora")),
-        ("QLoRA", None, ("auto", "qlora")),
-        ("burn_lora", None, ("auto", "lora")),
-        ("candle-qlora", "qlora", ("auto", "qlora")),
-        ("torch", "qlora", ("torch", "qlora")),
-        ("torch", None, ("torch", None)),
-        ("jax_qlora", None, ("jax", "qlora")),
-        ("my_backend", None, ("my_backend", None)),
+        ("lora", ("auto", "lora", "burn_lora")),
+        ("QLoRA", ("auto", "qlora", "candle_qlora")),
+        ("burn_lora", ("auto", "lora", "burn_lora")),
+        ("candle-qlora", ("auto", "qlora", "candle_qlora")),
+        ("torch", ("torch", "lora", None)),
+        ("jax_qlora", ("jax", "qlora", "jax_qlora")),
+        ("my_backend", ("my_backend", "lora", None)),
     ],
 )
-def test_the_backend_flag_reads_methods_backends_and_kernels(backend, method, expected):
-    assert resolve_backend(backend, method) == expected
+def test_the_backend_field_reads_methods_labels_backends_and_kernels(backend, expected):
+    contract = FineTuneContract.from_fields(**REQUIRED, backend=backend)
+    assert (contract.compute.backend, contract.adapter.method, contract.compute.kernel) == expected
 
 
-@pytest.mark.parametrize(("backend", "method"), [("lora", "qlora"), ("torch_qlora", "lora"), ("candle", "lora")])
-def test_a_backend_that_contradicts_the_method_is_refused(backend, method):
-    with pytest.raises(ContractError, match="asked for as well"):
-        resolve_backend(backend, method)
+def test_a_kernel_named_alone_fixes_backend_and_method():
+    contract = FineTuneContract.from_fields(**REQUIRED, kernel="jax_qlora")
+    assert contract == FineTuneContract.from_fields(**REQUIRED, backend="jax_qlora")
+    assert contract.origins["method"] == "call"
+
+
+@pytest.mark.parametrize(
+    ("fields", "agrees"),
+    [
+        ({"backend": "lora", "method": "lora"}, True),
+        ({"backend": "lora", "method": "qlora"}, False),
+        ({"backend": "torch_qlora", "method": "lora"}, False),
+        ({"backend": "candle", "method": "lora"}, False),
+        ({"backend": "torch", "kernel": "jax_lora"}, False),
+        ({"backend": "torch", "kernel": "torch_lora"}, True),
+        ({"kernel": "nonsense"}, False),
+    ],
+)
+def test_a_forced_kernel_is_compared_with_the_one_that_method_and_backend_come_to(fields, agrees):
+    (gate,) = (
+        gate
+        for gate in contract_gates(FineTuneContract.from_fields(**REQUIRED, **fields))
+        if gate.code == "forced_kernel_agrees"
+    )
+    assert gate.passed == agrees
+    assert "inferred" in gate.message
+
+
+def test_two_flags_that_contradict_each_other_are_a_problem_of_the_contract():
+    both = {"qlora_require_full_proxy_stack": True, "qlora_allow_partial_proxy_stack": True}
+    with pytest.raises(ContractError, match="contradict each other"):
+        FineTuneContract.from_fields(**REQUIRED, **both)
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_a_field_of_the_older_system_is_met_with_what_to_do_instead(name):
+    with pytest.raises(ContractError) as caught:
+        FineTuneContract.from_fields(**REQUIRED, **{name: 1})
+    assert f"{name} is not a field; {RETIRED[name]}" in str(caught.value)
+
+
+def test_of_two_layers_the_later_one_wins_and_every_value_knows_its_own():
+    layers = [("file a", {**REQUIRED, "rank": 4, "seed": 7}), ("preset b", {"rank": 8}), ("flag", {"alpha": 3})]
+    contract = FineTuneContract.from_layers(layers)
+    assert (contract.adapter.rank, contract.adapter.alpha, contract.training.seed) == (8, 3.0, 7)
+    assert contract.origins == {
+        "data_dir": "file a",
+        "output_dir": "file a",
+        "seed": "file a",
+        "rank": "preset b",
+        "alpha": "flag",
+    }
+    with pytest.raises(ContractError, match=r"rank must be .* \(got 0, from file a\)"):
+        FineTuneContract.from_layers([("file a", {**REQUIRED, "rank": 0})])
+
+
+def test_a_changed_contract_keeps_what_is_not_changed():
+    contract = FineTuneContract.from_fields(**REQUIRED, rank=3, backend="torch_qlora")
+    changed = contract.changed("advice", batch_size=1)
+    assert (changed.adapter.rank, changed.training.batch_size, changed.compute.kernel) == (3, 1, "torch_qlora")
+    assert (changed.origins["rank"], changed.origins["batch_size"]) == ("call", "advice")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6GiB", 6 << 30), ("1.5 gb", 1_500_000_000), ("800MB", 800_000_000), ("64k", 64_000), ("9", 9)]
+)
+def test_a_size_is_read_as_it_is_written(text, size):
+    assert FineTuneContract.from_fields(**REQUIRED, max_memory=text).compute.max_memory == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "6 pounds", "0"])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(ContractError, match="max_memory must be a size such as 6GiB"):
+        FineTuneContract.from_fields(**REQUIRED, max_memory=text)
 
 
 def test_a_kernel_id_splits_at_its_method():
@@ -120,6 +222,12 @@ def test_a_kernel_id_splits_at_its_method():
 def test_every_preset_makes_a_valid_contract(name):
     contract = FineTuneContract.from_fields(**REQUIRED, **preset_fields(name))
     assert contract.adapter.rank == PRESETS[name]["rank"]
+
+
+def test_every_name_of_a_preset_in_the_older_system_still_leads_to_one():
+    assert all(preset_fields(alias) == PRESETS[name] for alias, name in ALIASES.items())
+    with pytest.raises(ContractError, match="one device"):
+        preset_fields("distributed")
 
 
 def test_an_unknown_preset_is_an_error_with_the_nearest_name():

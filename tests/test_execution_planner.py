@@ -1,0 +1,261 @@
+"""The planner: which kernel, refused by which gate, before anything is spent."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fixtures
+import pytest
+
+from mens_core import Planner
+from mens_core.contract import FineTuneContract
+from mens_core.errors import ContractError, DataError, GateError, ModelError, UnknownBackendError
+from mens_core.gates import contract_gates
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A complete Qwen2 folder."""
+    return fixtures.qwen2_folder(tmp_path_factory.mktemp("qwen2") / "m", hidden=8, heads=2, layers=1, vocab=10)
+
+
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory):
+    """The same with the embedding alone."""
+    folder = tmp_path_factory.mktemp("partial") / "m"
+    return fixtures.qwen2_folder(folder, hidden=8, heads=2, layers=1, vocab=10, keep={EMBEDDING})
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A corpus of six rows."""
+    return fixtures.rows_folder(tmp_path_factory.mktemp("rows") / "d")
+
+
+@pytest.fixture
+def fields(model, rows, tmp_path):
+    """A request that can be planned; tests change one thing."""
+    return {"model": str(model), "data_dir": rows, "output_dir": tmp_path / "run", "seq_len": 64}
+
+
+def test_lora_is_planned_on_torch_first(fields):
+    plan = Planner().plan(**fields)
+    assert (plan.execution_kernel, plan.runbook_kernel, plan.candle_compat_mode) == ("torch_lora", "burn_lora", False)
+    assert plan.not_taken["jax_lora"] == "torch_lora comes first and can do the run"
+    assert plan.not_taken["torch_qlora"] == "method lora is asked for"
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize(("method", "label"), [("lora", "burn_lora"), ("qlora", "candle_qlora")])
+def test_every_kernel_can_be_forced_and_names_itself_and_its_label(fields, backend, method, label):
+    plan = Planner().plan(**fields, backend=f"{backend}_{method}")
+    assert (plan.execution_kernel, plan.runbook_kernel) == (f"{backend}_{method}", label)
+    assert plan.candle_compat_mode is (method == "qlora")
+    assert len(plan.offers) == 1
+
+
+def test_a_lora_plan_counts_no_proxy_stack(fields):
+    coverage = Planner().plan(**fields, backend="burn_lora").as_dict()
+    assert [coverage[f"candle_proxy_stack_{name}"] for name in ("eligible", "complete")] == [False, None]
+    assert [coverage[f"candle_proxy_stack_keys_{name}"] for name in ("matched", "expected")] == [None, None]
+
+
+@pytest.mark.parametrize(("folder", "matched"), [("model", 1), ("partial", 0)])
+def test_a_qlora_plan_counts_the_attention_output_projections(fields, request, folder, matched):
+    plan = Planner().plan(**{**fields, "model": str(request.getfixturevalue(folder))}, backend="qlora")
+    found = plan.as_dict()
+    assert found["candle_proxy_stack_eligible"] is True
+    assert found["candle_proxy_stack_complete"] is bool(matched)
+    assert (found["candle_proxy_stack_keys_matched"], found["candle_proxy_stack_keys_expected"]) == (matched, 1)
+    named = any("model.layers.0.self_attn.o_proj.weight" in warning for warning in plan.warnings)
+    assert named is not bool(matched)
+
+
+def _gate(code, **fields):
+    contract = FineTuneContract.from_fields(trains=False, **fields)
+    return next(gate for gate in contract_gates(contract) if gate.code == code)
+
+
+EDGE = {"deployment_target": "mobile_edge", "seq_len": 512, "rank": 32, "batch_size": 1, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("code", "good", "bad"),
+    [
+        ("nf4_requires_qlora", {"method": "qlora", "base_quant": "nf4"}, {"method": "lora", "base_quant": "nf4"}),
+        ("qlora_requires_nf4", {"method": "lora", "base_quant": "none"}, {"method": "qlora", "base_quant": "none"}),
+        ("mobile_edge_full_stack", EDGE, EDGE | {"qlora_require_full_proxy_stack": True}),
+        ("mobile_edge_seq_len", EDGE, EDGE | {"seq_len": 513}),
+        ("mobile_edge_rank", EDGE, EDGE | {"rank": 33}),
+        ("mobile_edge_batch_size", EDGE, EDGE | {"batch_size": 2}),
+        ("mobile_edge_device", EDGE, EDGE | {"device": "auto"}),
+        ("forced_kernel_agrees", {"backend": "torch_lora"}, {"backend": "torch_lora", "method": "qlora"}),
+    ],
+)
+def test_each_gate_of_a_contract_holds_and_fails_by_one_change(code, good, bad, rows, tmp_path):
+    assert _gate(code, **good).passed
+    assert not _gate(code, **bad).passed
+    with pytest.raises(GateError) as caught:
+        Planner().plan(data_dir=rows, output_dir=tmp_path / "run", **bad)
+    assert code in caught.value.codes
+    assert f"[{code}] not so" in str(caught.value)
+
+
+def test_nf4_on_a_lora_run_names_the_method_that_has_it():
+    with pytest.raises(GateError, match="NF4") as caught:
+        Planner().plan(data_dir="d", output_dir="o", base_quant="nf4")
+    assert "--backend qlora" in str(caught.value)
+
+
+def test_a_forced_kernel_that_is_not_the_inferred_one_states_both_with_method_and_storage():
+    with pytest.raises(GateError) as caught:
+        Planner().plan(data_dir="d", output_dir="o", backend="torch_lora", method="qlora")
+    assert "kernel torch_lora, inferred torch_qlora (method qlora, base_quant auto" in str(caught.value)
+
+
+def test_the_preset_for_small_devices_passes_its_own_gates(fields):
+    plan = Planner().plan(preset="mobile_edge", **{**fields, "seq_len": 64})
+    assert {gate.code for gate in plan.gates} >= {"mobile_edge_rank", "mobile_edge_device"}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_folder_without_config_json_is_refused_for_want_of_architecture_validation(fields, tmp_path, method):
+    (tmp_path / "m").mkdir()
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**{**fields, "model": str(tmp_path / "m")}, method=method, tokenizer="hf")
+    assert caught.value.codes == ("config_json_exists",)
+    assert "config.json" in str(caught.value)
+    assert "architecture validation" in str(caught.value)
+
+
+def test_a_model_without_a_tokenizer_is_refused_and_a_file_named_apart_serves(fields, tmp_path):
+    folder = fixtures.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
+    (folder / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**{**fields, "model": str(folder)})
+    assert caught.value.codes == ("tokenizer_exists",)
+    plan = Planner().plan(**{**fields, "model": str(folder)}, tokenizer_json=tmp_path / "elsewhere.json")
+    assert plan.tokenizer_file == tmp_path / "elsewhere.json"
+    assert plan.contract_digest == Planner().plan(**fields).contract_digest
+
+
+def test_the_lab_tokenizer_needs_an_embedding_that_holds_it(fields):
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**fields, tokenizer="lab")
+    assert caught.value.codes == ("lab_tokenizer_fits",)
+
+
+def test_missing_rows_and_rows_that_are_too_long_are_refused_together(fields, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**{**fields, "data_dir": tmp_path / "empty", "seq_len": 9999})
+    assert caught.value.codes == ("train_file_exists", "row_fits_positions")
+
+
+def test_the_gates_of_a_plan_are_recorded_in_their_order(fields):
+    codes = [gate.code for gate in Planner().plan(**fields).gates]
+    assert codes == [
+        "nf4_requires_qlora",
+        "qlora_requires_nf4",
+        "forced_kernel_agrees",
+        "config_json_exists",
+        "tokenizer_exists",
+        "lab_tokenizer_fits",
+        "train_file_exists",
+        "row_fits_positions",
+        "fits_memory",
+    ]
+
+
+def test_a_plan_survives_json_and_its_values_know_where_they_come_from(fields):
+    plan = Planner().plan(preset="tiny", **{**fields, "seq_len": 64}).as_dict()
+    assert json.loads(json.dumps(plan)) == plan
+    origins = plan["origins"]
+    assert (origins["rank"], origins["seq_len"], origins["seed"]) == ("preset tiny", "call", "default")
+    assert (origins["backend"], origins["dtype"], origins["warmup_steps"]) == ("planner", "planner", "preset tiny")
+    assert plan["decided"]["backend"] == "torch"
+    assert origins.keys() == plan["contract"].keys()
+
+
+def test_the_digest_does_not_know_where_things_lie_nor_which_backend_may_take_them(fields, tmp_path):
+    shutil.copytree(fields["model"], tmp_path / "copy")
+    shutil.copytree(fields["data_dir"], tmp_path / "rows")
+    elsewhere = {"model": str(tmp_path / "copy"), "data_dir": tmp_path / "rows", "output_dir": tmp_path / "other"}
+    here = Planner().plan(**fields)
+    assert Planner().plan(**{**fields, **elsewhere}).contract_digest == here.contract_digest
+    with (tmp_path / "rows" / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "w1", "response": "w2"}\n')
+    assert Planner().plan(**{**fields, **elsewhere}).contract_digest != here.contract_digest
+
+
+def test_both_backends_plan_the_same_run(fields):
+    torch, jax = (Planner().plan(**fields, backend=name).as_dict() for name in ("torch", "jax"))
+    differing = {name for name in torch if torch[name] != jax[name]}
+    assert differing <= {
+        "execution_kernel",
+        "backend",
+        "contract",
+        "contract_digest",
+        "decided",
+        "estimate",
+        "limit_bytes",
+        "offers",
+        "not_taken",
+        "gates",
+    }
+
+
+def test_to_compare_every_backend_is_asked_with_every_method_and_the_choice_is_the_same(fields):
+    plan = Planner().plan(**fields, compare=True)
+    assert {offer.kernel for offer in plan.offers} == {"torch_lora", "jax_lora", "torch_qlora", "jax_qlora"}
+    assert plan.execution_kernel == Planner().plan(**fields).execution_kernel
+
+
+def test_an_architecture_that_nobody_knows_is_refused_with_what_is_known(fields, tmp_path):
+    folder = fixtures.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nosuch"}))
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**{**fields, "model": str(folder)})
+    text = str(caught.value)
+    assert caught.value.codes == ("backend_available",)
+    assert "nosuch" in text
+    assert "gpt2, llama, mistral, qwen2" in text
+    assert "AutoModelForCausalLM" in text
+
+
+def test_a_backend_that_does_not_exist_is_never_replaced(fields):
+    with pytest.raises(UnknownBackendError, match="torch, jax"):
+        Planner().plan(**fields, backend="tensorflow")
+
+
+def test_planning_writes_nothing(fields, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    Planner().plan(**fields, compare=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_planning_a_known_family_on_a_machine_without_accelerators_loads_no_framework(fields):
+    script = (
+        "import sys, mens_core\n"
+        f"plan = mens_core.Planner().plan(model={fields['model']!r}, data_dir={str(fields['data_dir'])!r}, "
+        "output_dir='run', seq_len=64, device='cpu', compare=True)\n"
+        "assert len(plan.offers) == 4\n"
+        "print(sorted({'torch', 'jax', 'transformers', 'flax', 'bitsandbytes'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("fields_changed", "error"),
+    [({"rank": 0}, ContractError), ({"model": "./nowhere"}, ModelError), ({"context_filter": "prose"}, DataError)],
+)
+def test_what_cannot_be_planned_is_an_error_and_no_folder_appears(fields, fields_changed, error):
+    with pytest.raises(error):
+        Planner().run(**{**fields, **fields_changed})
+    assert not Path(fields["output_dir"]).exists()
