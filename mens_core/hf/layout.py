@@ -153,7 +153,7 @@ def read_layout(folder: Path) -> Layout:
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the decoder."""
-    row, text = REGISTRY.get(config["model_type"]), config.get("text_config")
+    row, text = REGISTRY.get(config.get("model_type", "")), config.get("text_config")
     nested = row.nested if row is not None else "hidden_size" not in config
     return text if nested and isinstance(text, dict) else config
 
