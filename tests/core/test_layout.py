@@ -162,8 +162,9 @@ WRONG = {
     "text_config as list": ({"model_type": "qwen3_5", "text_config": [SIZES]}, "no usable text_config"),
     "a strange layer": (
         {"model_type": "qwen3_5_text", **SIZES, "layer_types": ["full_attention", "conv"]},
-        r"no usable layer_types: \['conv'\]",
+        r"no usable layer_types: \['conv', 'full_attention'\]",
     ),
+    "linear attention in another family": (LLAMA | {"layer_types": ["linear_attention"] * 2}, "no linear_attention in"),
     "linear heads that do not divide": (
         {"model_type": "qwen3_5_text", **SIZES, "linear_num_value_heads": 20},
         "linear_num_value_heads 20 do not divide",
@@ -273,7 +274,8 @@ OWN_KEYS = [
     "n_head",
 ]
 ROPE = st.dictionaries(st.sampled_from(["type", "rope_type", "rope_theta", "factor", "full_attention"]), ANY_JSON)
-CHANGES = st.dictionaries(st.sampled_from([*OWN_KEYS, *SIZES]), ANY_JSON | ROPE, max_size=4)
+TYPES = st.lists(st.sampled_from(["full_attention", "sliding_attention", "linear_attention", "conv"]), max_size=3)
+CHANGES = st.dictionaries(st.sampled_from([*OWN_KEYS, *SIZES]), ANY_JSON | ROPE | TYPES, max_size=4)
 
 
 def read_whatever(folder, config):
