@@ -153,7 +153,7 @@ def read_layout(folder: Path) -> Layout:
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the decoder."""
-    row, text = REGISTRY.get(config["model_type"]), config.get("text_config")
+    row, text = REGISTRY.get(config.get("model_type", "")), config.get("text_config")
     nested = row.nested if row is not None else "hidden_size" not in config
     return text if nested and isinstance(text, dict) else config
 
@@ -261,9 +261,11 @@ def _check(layout: Layout, values: Values) -> None:
         refused(f"{wide} {width} is not a multiple of {many} {heads}")
     if stated and row.rotary and layout.head_dim % 2:
         values.refuse("head_dim", layout.head_dim, "an even number, for rotary positions turn pairs,")
-    strange = sorted(set(layout.layer_types) - {"full_attention", "linear_attention"}) if row.hybrid else []
-    if strange:
-        values.refuse("layer_types", strange, "full_attention or linear_attention")
+    kinds = set(layout.layer_types)
+    if row.hybrid and kinds - {"full_attention", "linear_attention"}:
+        values.refuse("layer_types", sorted(kinds), "full_attention or linear_attention")
+    if not row.hybrid and "linear_attention" in kinds:
+        values.refuse("layer_types", sorted(kinds), f"no linear_attention in {layout.model_type}")
     if linear is not None and linear.value_heads % linear.key_heads:
         refused(
             f"linear_num_value_heads {linear.value_heads} do not divide into linear_num_key_heads {linear.key_heads}"
