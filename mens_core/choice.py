@@ -124,12 +124,12 @@ def _answer(question: Question, name: str) -> _Answer:
     kernel = f"{name}_{question.contract.adapter.method}"
     try:
         backend = load_offers(name)
+        offer = question.ask(backend)
     except PluginError as error:
         if question.contract.compute.backend != "auto":
             raise
         # One broken plugin must not stop the others; what is wrong with it stays on the plan.
         return _Answer(kernel=kernel, obstacle=error.what + (f": {error.fix}" if error.fix else ""))
-    offer = question.ask(backend)
     obstacle = offer.reason if not offer.feasible else _too_much(question, offer)
     return _Answer(kernel=kernel, backend=backend, offer=offer, obstacle=obstacle)
 

@@ -83,13 +83,11 @@ def fitting_tensors(layout: Layout, inventory: Inventory) -> tuple[GateVerdict, 
 
 def rotary_pairs(layout: Layout) -> GateVerdict:
     """Whether the rotated part of a head is made of whole pairs, as rotations need."""
-    rotated = (
-        layout.rope.get("partial_rotary_factor", layout.config.get("partial_rotary_factor", 1.0)) * layout.head_dim
-    )
+    share = layout.rope.get("partial_rotary_factor", layout.config.get("partial_rotary_factor", 1.0))
     rotates = layout.family is not None and REGISTRY[layout.family].rotary
     return GateVerdict(
         code="rotary_pairs",
-        passed=not rotates or int(rotated) % 2 == 0,
+        passed=not rotates or int(share * layout.head_dim) % 2 == 0,
         message=f"heads of {layout.head_dim} dimensions can be rotated in pairs" if rotates else "nothing is rotated",
         fix="config.json of a model that was trained with these heads",
     )

@@ -1,4 +1,4 @@
-"""Model folders of a few hundred bytes, for the planner: the names and shapes are right, the numbers are zero."""
+"""Model folders of a few hundred bytes, for the planner: the names and shapes are right, the numbers are noise."""
 
 import json
 import shutil
@@ -37,7 +37,8 @@ def qwen2_folder(folder, *, hidden, heads, layers, vocab, keep=None):
     }
     (folder / "config.json").write_text(json.dumps(config))
     shapes = tensor_shapes(read_layout(folder))
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if keep is None or name in keep}
+    draw = np.random.default_rng(0).standard_normal
+    tensors = {name: draw(shape, np.float32) for name, shape in shapes.items() if keep is None or name in keep}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     word_level(folder / "tokenizer.json", vocab)
     return folder

@@ -1,6 +1,7 @@
 """The command line: help that teaches and is fast, one clear error each, exit codes that mean something."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,7 +19,8 @@ def _run(*words):
 def test_help_lists_every_verb_and_names_its_own_help():
     done = _run("--help")
     assert done.returncode == 0
-    assert all(verb in done.stdout and purpose in done.stdout for verb, purpose in VERBS.items())
+    words = " ".join(done.stdout.split())
+    assert all(f"{verb} {purpose}" in words for verb, purpose in VERBS.items())
 
 
 def test_train_help_shows_every_field_with_its_unit_and_default():
@@ -31,12 +33,15 @@ def test_train_help_shows_every_field_with_its_unit_and_default():
     assert "(default 0.0002) [Dettmers et al. 2023" in words
 
 
-def test_help_costs_less_than_importing_numpy_alone():
+def test_help_costs_less_than_importing_numpy_alone(tmp_path):
+    # As installed: with the compiled modules kept, whatever this process was told about them.
+    kept = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+
     def cheapest(*command):
         spent = []
         for _ in range(5):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, *command], capture_output=True, check=True)
+            subprocess.run([sys.executable, *command], capture_output=True, check=True, env=kept)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         return min(spent)
@@ -49,11 +54,15 @@ def test_help_costs_less_than_importing_numpy_alone():
     ("words", "message"),
     [
         (["train", "--rnk", "3"], "did you mean --rank?"),
-        (["train", "--rank", "three"], "--rank"),
+        (["train", "--rank", "three"], "rank must be a whole number of at least 1 (got 'three', from flag)"),
+        (["train", "--rank", "three", "--alpha", "x"], "4 problems"),
         (["train"], "data_dir is required"),
         (["train", "--schedule=cosin"], "did you mean 'cosine'?"),
         (["train", "--preset", "tinny"], "did you mean 'tiny'?"),
-        (["train", "--backend", "torch_qlora", "--method", "lora"], "asked for as well"),
+        (
+            ["plan", "--backend", "torch_qlora", "--method", "lora", "--data-dir=x", "--output-dir=y"],
+            "forced_kernel_agrees",
+        ),
         (["corpus", "pairs", "--outptu", "x"], "--output"),
         (["init-model", "--arch", "gpt3", "--output", "x"], "gpt2, llama, qwen2, qwen3"),
         (["nonsense"], "nonsense"),
