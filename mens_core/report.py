@@ -95,6 +95,17 @@ def doctor_text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _planned(estimate: Mapping[str, Mapping[str, Any]]) -> str:
+    """How well the plan guessed; empty if it did not guess."""
+    memory, pace = estimate["peak_memory_bytes"], estimate["seconds_per_step"]
+    parts = []
+    if memory["error"] is not None:
+        parts.append(f"{_gigabytes(memory['estimated'])}, measured {memory['error']:+.0%}")
+    if pace["error"] is not None:
+        parts.append(f"{pace['estimated']:.3g} s a step, measured {pace['error']:+.0%}")
+    return "; ".join(parts)
+
+
 def _memory(plan: Mapping[str, Any]) -> str:
     parts = next(offer for offer in plan["offers"] if offer["kernel"] == plan["execution_kernel"])["memory"]
     if not parts:
@@ -158,6 +169,7 @@ def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
     ]
     if "eval_loss_before" in results:
         lines.append(f"held-out loss  {results['eval_loss_before']:.4f} → {results['eval_loss_after']:.4f}")
+    lines += [f"planned        {text}" for text in [_planned(manifest["estimate"])] if text]
     dropped = {name: results[name] for name in results if name.startswith("rows_") and results[name]}
     lines += [f"{name.replace('_', ' ')}: {count}" for name, count in dropped.items()]
     lines += [

@@ -117,7 +117,8 @@ def look_at_base(contract: FineTuneContract) -> Base:
     refuse_failed(present)
     layout = read_layout(folder)
     tokenizer = asked.tokenizer if asked.tokenizer != "auto" else _own_tokenizer(contract)
-    tokenizer_file = asked.tokenizer_json or folder / "tokenizer.json"
+    # The folder's own is held to the folder; a file that was named may lie anywhere.
+    tokenizer_file = asked.tokenizer_json or find_file(folder, "tokenizer.json") or folder / "tokenizer.json"
     gates = base_gates(layout, tokenizer, tokenizer_file)
     refuse_failed(gates)
     inventory = read_inventory(folder, layout)

@@ -3,13 +3,17 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+import mens_core
 from mens_core.cli import VERBS, main
 from mens_core.contract import contract_fields
+
+KERNELS = ("torch_lora", "torch_qlora", "jax_lora", "jax_qlora")
 
 
 def _run(*words):
@@ -160,3 +164,128 @@ def test_init_model_leaves_a_folder_in_use_alone(tmp_path, capsys):
     assert main(["init-model", "--arch", "gpt2", "--output", str(tmp_path / "model")]) == 2
     assert "not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["mine"]
+
+
+def _plan_words(corpus_dir, model_dirs, tmp_path):
+    return ["--data-dir", str(corpus_dir), "--model", str(model_dirs["llama"]), "--output-dir", str(tmp_path / "run")]
+
+
+def test_plan_prints_what_would_be_done_and_writes_nothing(tmp_path, corpus_dir, model_dirs, capsys):
+    assert main(["plan", *_plan_words(corpus_dir, model_dirs, tmp_path), "--backend=jax"]) == 0
+    text = capsys.readouterr().out
+    for word in ("jax_lora on cpu in float32", "llama", "parameters", "steps of", "memory", "time", "digest"):
+        assert word in text
+    assert "torch_lora backend jax is asked for" in " ".join(text.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_as_json_is_the_plan_of_the_library(tmp_path, corpus_dir, model_dirs, capsys):
+    words = _plan_words(corpus_dir, model_dirs, tmp_path)
+    assert main(["plan", *words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    plan = mens_core.Planner().plan(model=words[3], data_dir=words[1], output_dir=words[5]).as_dict()
+    flags = {name: origin.replace("call", "flag") for name, origin in plan["origins"].items()}
+    assert printed == plan | {"origins": flags}
+
+
+def test_plan_compares_every_kernel_and_explains_every_value(tmp_path, corpus_dir, model_dirs, capsys):
+    (tmp_path / "run.yaml").write_text("rank: 5\npreset: safe\n")
+    words = _plan_words(corpus_dir, model_dirs, tmp_path)
+    config = ["--config", str(tmp_path / "run.yaml"), "--alpha=3"]
+    assert main(["plan", *words, *config, "--compare", "--explain"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert all(any(line.startswith(f"{kernel} cpu float32") for line in lines) for kernel in KERNELS)
+    assert f"rank 5 file {tmp_path / 'run.yaml'}" in lines
+    assert "seq_len 256 preset safe" in lines
+    assert "alpha 3 flag" in lines
+    assert "seed 42 default" in lines
+    assert "backend torch planner" in lines
+
+
+def test_a_plan_of_a_run_that_would_be_refused_ends_with_code_2_and_says_why(tmp_path, corpus_dir, model_dirs, capsys):
+    folder = tmp_path / "m"
+    shutil.copytree(model_dirs["llama"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    words = ["plan", "--data-dir", str(corpus_dir), "--model", str(folder), "--output-dir", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "[tensors_present] not so" in capsys.readouterr().out
+
+
+def test_doctor_says_what_can_run_here(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: kernel["ready"] for name, kernel in found["kernels"].items()} == dict.fromkeys(KERNELS, True)
+    assert found["memory_bytes"] > 1 << 30
+    assert found["packages"]["mens-core"]
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("torch_qlora", "ready", "MENS_TRACE_HOOKS", found["processor"]))
+
+
+def test_presets_are_listed_with_what_they_set(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["preset", "rank", "alpha"]
+    assert any(line.split()[:4] == ["4080", "16", "32", "384"] for line in lines)
+    assert main(["presets", "--list"]) == 0
+    assert set(capsys.readouterr().out.split()) >= {"tiny", "safe", "4080", "default", "a100", "mobile_edge"}
+
+
+def _text(name, text):
+    return lambda folder: (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def _link(name, target):
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return change
+
+
+def _index(weight_map):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_text("config.json", "{"), "config.json"),
+        (_text("config.json", b"\xff\xfe"), "config.json"),
+        (_text("config.json", "[" * 100_000), "config.json"),
+        (_text("config.json", '{"model_type": "llama", "hidden_size": -3}'), "hidden_size"),
+        (_text("config.json", '{"model_type": "llama"}'), "vocab_size"),
+        (_text("model.safetensors", b"\0" * 5), "model.safetensors"),
+        (_text("model.safetensors", b"\xff" * 64), "model.safetensors"),
+        (_text("model.safetensors", b"\x08\0\0\0\0\0\0\0" + b"[[[[[[[["), "model.safetensors"),
+        (_text("tokenizer.json", "{}"), "tokenizer.json"),
+        (_text("tokenizer_config.json", "{"), "tokenizer_config.json"),
+        (_link("model.safetensors", "/etc/hostname"), "out of the model folder"),
+        (_link("config.json", "config.json"), "config.json"),
+        (_link("config.json", "/dev/zero"), "config.json"),
+        (_link("tokenizer.json", "/etc/hostname"), "out of the model folder"),
+        (_index({"a": "../model.safetensors"}), "shard index"),
+        (_index({"a": "/etc/passwd"}), "shard index"),
+        (_index({"a": "model.safetensors.index.json"}), "shard index"),
+        (_index({"a": "none.safetensors"}), "none.safetensors"),
+    ],
+)
+def test_a_model_folder_that_lies_is_refused_in_one_clear_error(
+    change, named, tmp_path, corpus_dir, model_dirs, capsys
+):
+    folder = tmp_path / "m"
+    shutil.copytree(model_dirs["llama"], folder)
+    change(folder)
+    words = ["--data-dir", str(corpus_dir), "--model", str(folder), "--output-dir", str(tmp_path / "run")]
+    for verb in ("plan", "train"):
+        assert main([verb, *words]) == 2
+        printed = capsys.readouterr().err
+        assert named in printed
+        assert printed.count("error:") == 1
+        assert "Traceback" not in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

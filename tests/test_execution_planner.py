@@ -1,18 +1,21 @@
 """The planner: which kernel, refused by which gate, before anything is spent."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import fixtures
+import folders
 import pytest
 
 from mens_core import Planner
 from mens_core.contract import FineTuneContract
 from mens_core.errors import ContractError, DataError, GateError, ModelError, UnknownBackendError
 from mens_core.gates import contract_gates
+from mens_core.hf.keymap import tensor_shapes
+from mens_core.hf.layout import read_layout
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -20,20 +23,20 @@ EMBEDDING = "model.embed_tokens.weight"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A complete Qwen2 folder."""
-    return fixtures.qwen2_folder(tmp_path_factory.mktemp("qwen2") / "m", hidden=8, heads=2, layers=1, vocab=10)
+    return folders.qwen2_folder(tmp_path_factory.mktemp("qwen2") / "m", hidden=8, heads=2, layers=1, vocab=10)
 
 
 @pytest.fixture(scope="module")
 def partial(tmp_path_factory):
     """The same with the embedding alone."""
     folder = tmp_path_factory.mktemp("partial") / "m"
-    return fixtures.qwen2_folder(folder, hidden=8, heads=2, layers=1, vocab=10, keep={EMBEDDING})
+    return folders.qwen2_folder(folder, hidden=8, heads=2, layers=1, vocab=10, keep={EMBEDDING})
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """A corpus of six rows."""
-    return fixtures.rows_folder(tmp_path_factory.mktemp("rows") / "d")
+    return folders.rows_folder(tmp_path_factory.mktemp("rows") / "d")
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def test_a_folder_without_config_json_is_refused_for_want_of_architecture_valida
 
 
 def test_a_model_without_a_tokenizer_is_refused_and_a_file_named_apart_serves(fields, tmp_path):
-    folder = fixtures.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
+    folder = folders.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
     (folder / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     with pytest.raises(GateError) as caught:
         Planner().plan(**{**fields, "model": str(folder)})
@@ -216,7 +219,7 @@ def test_to_compare_every_backend_is_asked_with_every_method_and_the_choice_is_t
 
 
 def test_an_architecture_that_nobody_knows_is_refused_with_what_is_known(fields, tmp_path):
-    folder = fixtures.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
+    folder = folders.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nosuch"}))
     with pytest.raises(GateError) as caught:
@@ -259,3 +262,29 @@ def test_what_cannot_be_planned_is_an_error_and_no_folder_appears(fields, fields
     with pytest.raises(error):
         Planner().run(**{**fields, **fields_changed})
     assert not Path(fields["output_dir"]).exists()
+
+
+def test_a_folder_of_400_gigabytes_is_planned_in_under_a_second_and_a_tenth_of_a_gigabyte(rows, tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(folders.LLAMA_70B))
+    specs = {name: ("BF16", shape) for name, shape in tensor_shapes(read_layout(folder)).items()}
+    held = 2 * sum(math.prod(shape) for _, shape in specs.values())
+    folders.write_shards(folder, specs | {"padding": ("U8", (400_000_000_000 - held,))}, 100)
+    folders.word_level(folder / "tokenizer.json", 100)
+    script = (
+        "import json, resource, sys, time, mens_core\n"
+        "planner, start = mens_core.Planner(), time.perf_counter()\n"
+        "plan = planner.plan(model=sys.argv[1], data_dir=sys.argv[2], output_dir='run', seq_len=64, device='cpu',"
+        " backend='qlora', max_memory='9TB', max_vram_fraction=1.0)\n"
+        "print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,"
+        " plan.as_dict()]))"
+    )
+    # The kernel counts the peak of the process that forks as the child's; a shell in between is small.
+    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", script, str(folder), str(rows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, kilobytes, plan = json.loads(done.stdout)
+    assert (plan["parameters"], plan["stored_bytes"]) == (held // 2, 400_000_000_000)
+    assert plan["candle_proxy_stack_keys_matched"] == 80
+    assert seconds < 1
+    assert kilobytes < 100_000

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import fixtures
+import folders
 import numpy as np
 import pytest
 
@@ -23,7 +23,7 @@ def fields(tmp_path):
     """A request for a QLoRA run on the runbook's fixture: hidden 7, heads 1, layers 2, vocabulary 5."""
     return {
         "model": str(tmp_path / "m"),
-        "data_dir": fixtures.rows_folder(tmp_path / "d"),
+        "data_dir": folders.rows_folder(tmp_path / "d"),
         "output_dir": tmp_path / "run",
         "seq_len": 64,
         "method": "qlora",
@@ -31,7 +31,7 @@ def fields(tmp_path):
 
 
 def _write(fields, keep=None, hidden=7):
-    return fixtures.qwen2_folder(Path(fields["model"]), hidden=hidden, heads=1, layers=2, vocab=5, keep=keep)
+    return folders.qwen2_folder(Path(fields["model"]), hidden=hidden, heads=1, layers=2, vocab=5, keep=keep)
 
 
 def _refused(plan):
@@ -87,7 +87,7 @@ def test_heads_that_cannot_be_rotated_in_pairs_are_refused_before_the_run(fields
 
 
 def test_at_most_32_missing_keys_are_told(tmp_path, fields):
-    fixtures.qwen2_folder(tmp_path / "deep", hidden=4, heads=1, layers=40, vocab=5, keep={EMBEDDING})
+    folders.qwen2_folder(tmp_path / "deep", hidden=4, heads=1, layers=40, vocab=5, keep={EMBEDDING})
     with pytest.raises(GateError) as caught:
         Planner().plan(**{**fields, "model": str(tmp_path / "deep")}, qlora_require_full_proxy_stack=True)
     text = str(caught.value)
@@ -164,7 +164,7 @@ def test_a_faulty_row_in_the_sample_is_a_warning_of_the_plan(fields):
 
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(fields):
     folder = _write(fields)
-    fixtures.word_level(folder / "tokenizer.json", 6)
+    folders.word_level(folder / "tokenizer.json", 6)
     with pytest.raises(ModelError, match="highest id 5, embedding rows 5"):
         Planner().plan(**fields)
 

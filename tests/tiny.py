@@ -11,6 +11,7 @@ import transformers
 
 from mens_core.contract import FineTuneContract
 from mens_core.exchange import IGNORE, BaseWeights, Batch, BatchShape, ExecutionPlan, Machine, NF4Spec
+from mens_core.hf.inventory import middle_coverage
 from mens_core.hf.layout import read_layout
 
 VOCABULARY = 97
@@ -102,8 +103,10 @@ def plan_for(backend, folder, **fields):
         device=offer.device,
         dtype=offer.dtype,
         contents={},
+        weights=WEIGHTS,
+        coverage=middle_coverage(layout, (), method),
+        limit_bytes=MACHINE.memory_bytes,
         offers=(offer,),
-        gates=(),
     )
 
 

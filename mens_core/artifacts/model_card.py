@@ -22,6 +22,15 @@ def model_card(plan: ExecutionPlan, *, modules: int, parameters: int, results: M
     spec, training = plan.contract.adapter, plan.contract.training
     kind = "QLoRA (NF4 base)" if spec.method == "qlora" else "LoRA"
     before, after = results.get("eval_loss_before"), results.get("eval_loss_after")
+    named = {
+        "Name": spec.adapter_tag,
+        "Published as": plan.contract.provenance.upstream_model_id,
+        "Family": plan.contract.provenance.base_family,
+        "Licence of the base": plan.contract.provenance.license_class,
+        "Attribution": "required by that licence" if plan.contract.provenance.attribution_required else None,
+        "Deployment": "mobile_edge" if plan.contract.output.deployment_target == "mobile_edge" else None,
+    }
+    further = "".join(f"\n| {label} | {value} |" for label, value in named.items() if value is not None)
     held_out = f"{before:.4f} → {after:.4f} nats per token" if before is not None else "no eval.jsonl was given"
     return f"""---
 base_model: {plan.model_name}
@@ -40,7 +49,7 @@ Trained by mens-core with kernel `{plan.execution_kernel}` on {plan.device} in {
 | Data | {results["rows"]:,} rows, {results["supervised_tokens"]:,} supervised of {results["tokens"]:,} tokens |
 | Steps | {results["optimizer_steps"]} of {training.batch_size} × {training.grad_accum} rows |
 | Training loss | {results["first_loss"]:.4f} → {results["last_loss"]:.4f} nats per token |
-| Held-out loss | {held_out} |
+| Held-out loss | {held_out} |{further}
 
 ## Use
 

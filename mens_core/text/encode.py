@@ -14,6 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 from mens_core.corpus.rows import Row
 from mens_core.errors import DataError, ModelError
+from mens_core.hf.files import regular_size
 from mens_core.hf.layout import Layout
 from mens_core.text.chat import TURN_END, Segment, segments
 from mens_core.text.lab import lab_tokenizer
@@ -79,6 +80,7 @@ def open_tokenizer(path: Path | None, layout: Layout) -> Tokenizer:
     """
     if path is None:
         return lab_tokenizer()
+    regular_size(path)
     try:
         opened = Tokenizer.from_file(str(path))
     # The library raises a bare Exception for every malformed file.

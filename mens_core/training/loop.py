@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,9 +31,11 @@ class Progress:
         tokens: all tokens that went through the model.
         supervised_tokens: those of them that were trained on.
         seconds: wall time of the loop.
+        step_seconds: of each step.
     """
 
     losses: list[float] = attrs.field(factory=list)
+    step_seconds: list[float] = attrs.field(factory=list)
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
@@ -47,6 +50,7 @@ class Progress:
             "tokens_trained": self.tokens,
             "supervised_tokens_trained": self.supervised_tokens,
             "train_seconds": self.seconds,
+            "median_step_seconds": statistics.median(self.step_seconds),
             "tokens_per_sec": self.tokens / self.seconds,
         }
 
@@ -114,6 +118,7 @@ def _record(progress: Progress, telemetry: Telemetry, step: _Pending, *, ended: 
     seconds = (time.perf_counter() if ended is None else ended) - step.started
     tokens = sum(len(batch.input_ids) for batch in step.window)
     progress.losses.append(loss)
+    progress.step_seconds.append(seconds)
     progress.seconds += seconds
     progress.tokens += tokens
     progress.supervised_tokens += step.metrics.supervised_tokens

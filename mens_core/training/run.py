@@ -22,6 +22,7 @@ from mens_core.backend import Backend
 from mens_core.exchange import ExecutionPlan
 from mens_core.text.encode import EncodedRows, Encoder, open_tokenizer
 from mens_core.text.pack import run_shape, total_steps
+from mens_core.training.accuracy import beside_measured
 from mens_core.training.data import check_enough, load_rows
 from mens_core.training.guards import check_changed, check_trainable
 from mens_core.training.loop import Progress, evaluate, train
@@ -80,7 +81,7 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
         except BaseException as error:
             manifest.finish("failed", error=f"{type(error).__name__}: {error}")
             raise
-        manifest.finish("complete", results=results)
+        manifest.finish("complete", results=results, estimate=_estimate(plan, results))
         return RunResult(
             output_dir=folder.path,
             adapter_dir=folder.path,
@@ -89,6 +90,12 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
             eval_loss_before=results.get("eval_loss_before"),
             eval_loss_after=results.get("eval_loss_after"),
         )
+
+
+def _estimate(plan: ExecutionPlan, results: Mapping[str, Any]) -> dict[str, Any]:
+    return beside_measured(
+        plan, peak_memory_bytes=results["peak_memory_bytes"], seconds_per_step=results["median_step_seconds"]
+    )
 
 
 def _read_data(plan: ExecutionPlan) -> tuple[EncodedRows, EncodedRows | None]:

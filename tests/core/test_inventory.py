@@ -7,18 +7,18 @@ import subprocess
 import sys
 
 import pytest
+from folders import INDEX, LLAMA_70B, write_file, write_index, write_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mens_core.artifacts.tensors import open_tensors
 from mens_core.errors import ModelError
-from mens_core.hf.header import WIDTHS, make_header, read_header
+from mens_core.hf.header import WIDTHS, read_header
 from mens_core.hf.inventory import middle_coverage, read_inventory
 from mens_core.hf.keymap import linear_shapes, tensor_shapes
 from mens_core.hf.layout import read_layout
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -28,22 +28,6 @@ CONFIG = {
     "intermediate_size": 48,
     "vocab_size": 50,
 }
-LLAMA_70B = CONFIG | {
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "intermediate_size": 28672,
-    "vocab_size": 128256,
-}
-
-
-def write_file(path, specs):
-    """A safetensors file of these specs whose weights take no room on disk."""
-    header = make_header(specs, {"format": "pt"})
-    path.write_bytes(header)
-    os.truncate(path, len(header) + sum(math.prod(shape) * WIDTHS[code] for code, shape in specs.values()))
-    return path
 
 
 def write_raw(path, header, data=b""):
@@ -51,22 +35,6 @@ def write_raw(path, header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
     return path
-
-
-def write_index(folder, weight_map):
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
-    return folder
-
-
-def write_shards(folder, specs, count):
-    """The tensors over so many sparse shards, with their index."""
-    names, weight_map = list(specs), {}
-    for n in range(count):
-        file = f"model-{n + 1:05}-of-{count:05}.safetensors"
-        held = names[n::count]
-        write_file(folder / file, {name: specs[name] for name in held})
-        weight_map |= dict.fromkeys(held, file)
-    return write_index(folder, weight_map)
 
 
 def layout_of(folder, config):

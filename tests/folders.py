@@ -1,12 +1,13 @@
-"""Model folders of a few hundred bytes, for the planner: the names and shapes are right, the numbers are noise."""
+"""Model folders for the planner: small ones whose numbers are noise, and large ones that take no room on disk."""
 
 import json
-import shutil
+import math
+import os
 
 import numpy as np
 
 from mens_core.artifacts.tensors import write_tensors
-from mens_core.hf.hub import find_model
+from mens_core.hf.header import WIDTHS, make_header
 from mens_core.hf.keymap import tensor_shapes
 from mens_core.hf.layout import read_layout
 
@@ -59,7 +60,38 @@ def rows_folder(folder, count=6):
     return folder
 
 
-def lab_folder(folder):
-    """Copy the lab base to a folder of its own."""
-    shutil.copytree(find_model(None, None)[1], folder)
+INDEX = "model.safetensors.index.json"
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+}
+
+
+def write_file(path, specs):
+    """A safetensors file of these specs whose weights take no room on disk."""
+    header = make_header(specs, {"format": "pt"})
+    path.write_bytes(header)
+    os.truncate(path, len(header) + sum(math.prod(shape) * WIDTHS[code] for code, shape in specs.values()))
+    return path
+
+
+def write_index(folder, weight_map):
+    """An index that says which file holds which tensor."""
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
     return folder
+
+
+def write_shards(folder, specs, count):
+    """The tensors over so many sparse shards, with their index."""
+    names, weight_map = list(specs), {}
+    for n in range(count):
+        file = f"model-{n + 1:05}-of-{count:05}.safetensors"
+        held = names[n::count]
+        write_file(folder / file, {name: specs[name] for name in held})
+        weight_map |= dict.fromkeys(held, file)
+    return write_index(folder, weight_map)
