@@ -111,19 +111,27 @@ def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[Executi
     Raises:
         MensError: as ``Planner.plan`` says.
     """
-    plan = decide(contract, trains=trains)
+    plan = decide(contract, trains=trains, weights=True)
     return plan, load_backend(plan.backend)
 
 
-def decide(contract: FineTuneContract, *, trains: bool = True, compare: bool = False) -> ExecutionPlan:
+def decide(
+    contract: FineTuneContract, *, trains: bool = True, compare: bool = False, weights: bool = False
+) -> ExecutionPlan:
     """Turn a contract into a plan.
+
+    Args:
+        contract: what is asked for.
+        trains: whether there are rows.
+        compare: whether every backend is asked with every method.
+        weights: whether the weights of a hub id are downloaded; a plan needs their headers only.
 
     Raises:
         MensError: as ``Planner.plan`` says.
     """
     asked = contract_gates(contract)
     refuse_failed(asked)
-    base = look_at_base(contract)
+    base = look_at_base(contract, weights=weights or contract.model.scan_weights)
     rows = look_at_rows(contract, base) if trains else None
     preflight = _preflight(contract, base, rows)
     question = Question(
@@ -161,7 +169,7 @@ def decide(contract: FineTuneContract, *, trains: bool = True, compare: bool = F
         decided=_decided(contract, base, choice, rows),
         gates=(*asked, *base.gates, *(rows.gates if rows else ()), fits_memory(choice)),
         preflight=preflight,
-        warnings=_warnings(base, preflight),
+        warnings=_warnings(base),
     )
     further = choice.backend.gates(contract, plan)
     refuse_failed(further)
@@ -213,10 +221,9 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
     )
 
 
-def _warnings(base: Base, preflight: tuple[GateVerdict, ...]) -> tuple[str, ...]:
+def _warnings(base: Base) -> tuple[str, ...]:
     template = "the model ships a chat template of its own; this run renders ChatML instead"
     return (
         *((template,) if base.tokenizer == "hf" and base.has_template else ()),
         *coverage_warning(base.layout, base.inventory, base.coverage),
-        *(f"a run would be refused: [{v.code}] not so: {v.message}" for v in preflight if not v.passed),
     )

@@ -15,8 +15,8 @@ from mens_core.errors import ContractError
 from mens_core.exchange import BaseWeights, GateVerdict, Workload
 from mens_core.gates import base_gates, data_gates, folder_gates, refuse_failed
 from mens_core.hf.files import find_file, read_json
-from mens_core.hf.hub import find_model
-from mens_core.hf.inventory import Coverage, Inventory, middle_coverage, read_inventory
+from mens_core.hf.hub import find_model, hub_inventory
+from mens_core.hf.inventory import Coverage, Inventory, holds_weights, middle_coverage, read_inventory
 from mens_core.hf.layout import Layout, read_layout
 from mens_core.text.encode import Encoder, open_tokenizer
 from mens_core.training.data import RowSample, sample
@@ -104,15 +104,19 @@ class Rows:
         return {name: sha256_file(path) for name, path in files.items() if path is not None}
 
 
-def look_at_base(contract: FineTuneContract) -> Base:
+def look_at_base(contract: FineTuneContract, *, weights: bool) -> Base:
     """Find the base and read what is small.
+
+    Args:
+        contract: names the base.
+        weights: whether the weights of a hub id are downloaded; without them their headers are asked for.
 
     Raises:
         ModelError: if it cannot be found, or config, headers or tokenizer are malformed.
         GateError: if it has no config.json or no tokenizer that fits.
     """
     asked = contract.model
-    name, folder = find_model(asked.model, asked.revision)
+    name, folder = find_model(asked.model, asked.revision, weights=weights)
     present = folder_gates(folder)
     refuse_failed(present)
     layout = read_layout(folder)
@@ -121,7 +125,8 @@ def look_at_base(contract: FineTuneContract) -> Base:
     tokenizer_file = asked.tokenizer_json or find_file(folder, "tokenizer.json") or folder / "tokenizer.json"
     gates = base_gates(layout, tokenizer, tokenizer_file)
     refuse_failed(gates)
-    inventory = read_inventory(folder, layout)
+    on_hub = not (weights or holds_weights(folder) or asked.model is None or Path(asked.model).expanduser().is_dir())
+    inventory = hub_inventory(name, asked.revision, folder, layout) if on_hub else read_inventory(folder, layout)
     return Base(
         name=name,
         folder=folder,

@@ -131,9 +131,9 @@ def _poison(tensors):
 def test_a_tensor_that_does_not_fit_is_named_before_the_run(fields, method, change, code, named):
     _change(_write(fields, hidden=8), change)
     fields = {**fields, "method": method, "scan_weights": True}
-    plan = Planner().plan(**fields)
-    assert _refused(plan) == [code]
-    assert any(f"[{code}]" in warning and named in warning for warning in plan.warnings)
+    (verdict,) = (verdict for verdict in Planner().plan(**fields).preflight if not verdict.passed)
+    assert verdict.code == code
+    assert named in verdict.message
     with pytest.raises(GateError) as caught:
         Planner().run(**fields)
     assert caught.value.codes == (code,)

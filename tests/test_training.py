@@ -93,6 +93,16 @@ def test_the_manifest_says_what_ran(finished, backend, method):
     }
 
 
+def test_the_manifest_holds_the_estimate_beside_what_was_measured(finished):
+    result, _, _ = finished
+    estimate, results = result.manifest["estimate"], result.manifest["results"]
+    assert estimate["peak_memory_bytes"]["measured"] == results["peak_memory_bytes"]
+    assert estimate["seconds_per_step"]["measured"] == results["median_step_seconds"]
+    for entry in estimate.values():
+        assert entry["error"] == pytest.approx(entry["measured"] / entry["estimated"] - 1)
+    assert result.manifest["plan"]["estimate"]["peak_memory_bytes"] == estimate["peak_memory_bytes"]["estimated"]
+
+
 def test_something_was_learned(finished):
     result, _, _ = finished
     # A random model of this vocabulary starts near ln 512 = 6.24. Its frozen head (rows of norm 0.16) lets the logits
@@ -279,7 +289,7 @@ def _set_model_type(name):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), ModelError, "has no config.json"),
+        (lambda folder: (folder / "config.json").unlink(), GateError, "config_json_exists"),
         (lambda folder: (folder / "model.safetensors").unlink(), ModelError, "holds no weights"),
         (lambda folder: (folder / "tokenizer.json").unlink(), GateError, "tokenizer_exists"),
         (_set_model_type("nosuch"), GateError, "nosuch"),

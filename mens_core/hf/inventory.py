@@ -16,7 +16,7 @@ from mens_core.hf.header import FLOATS, TensorInfo, read_header
 from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import Layout
 
-__all__ = ["Coverage", "Inventory", "middle_coverage", "read_inventory"]
+__all__ = ["Coverage", "Inventory", "decoder_linears", "holds_weights", "middle_coverage", "read_inventory"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -93,11 +93,21 @@ def read_inventory(folder: Path, layout: Layout | None) -> Inventory:
         raise ModelError(
             f"the index names tensors that their shard does not hold: {_listing(absent)}", where=folder / _INDEX
         )
+    return Inventory(
+        folder=folder, files=files, tensors=tensors, places=places, linears=decoder_linears(layout, tensors)
+    )
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder has a weight file or an index of them."""
+    return any(find_file(folder, name) is not None for name in (_SINGLE, _INDEX))
+
+
+def decoder_linears(layout: Layout | None, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
+    """Module path → (out, in) of every linear layer, by the family or, where there is none, by rule."""
     if layout is not None and layout.family is not None:
-        linears = linear_shapes(layout)
-    else:
-        linears = _linears_by_rule(tensors, None if layout is None else layout.vocab_size)
-    return Inventory(folder=folder, files=files, tensors=tensors, places=places, linears=linears)
+        return linear_shapes(layout)
+    return _linears_by_rule(tensors, None if layout is None else layout.vocab_size)
 
 
 def middle_coverage(layout: Layout, names: Iterable[str], method: str) -> Coverage:

@@ -20,6 +20,7 @@ from mens_core.artifacts.model_card import model_card
 from mens_core.artifacts.rundir import RunDirectory
 from mens_core.backend import Backend
 from mens_core.exchange import ExecutionPlan
+from mens_core.hf.inventory import read_inventory
 from mens_core.text.encode import EncodedRows, Encoder, open_tokenizer
 from mens_core.text.pack import run_shape, total_steps
 from mens_core.training.accuracy import beside_measured
@@ -181,5 +182,5 @@ def _preflight(plan: ExecutionPlan) -> dict[str, Any]:
 
 
 def _hashes(plan: ExecutionPlan) -> dict[str, Any]:
-    shards = sorted(plan.model_dir.glob("*.safetensors"))
+    shards = read_inventory(plan.model_dir, None).files
     return {**plan.contents, "base_shards": {shard.name: sha256_file(shard) for shard in shards}}

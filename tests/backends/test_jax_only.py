@@ -125,15 +125,18 @@ from pathlib import Path
 sys.modules["torch"] = None  # whoever imports it now fails
 from mens_core.plugins import load_backend
 from mens_core.contract import FineTuneContract
-from mens_core.exchange import ExecutionPlan, BatchShape, GenerateSettings, Machine
+from mens_core.exchange import BaseWeights, ExecutionPlan, BatchShape, GenerateSettings
+from mens_core.hf.inventory import middle_coverage
 from mens_core.hf.layout import read_layout
 import numpy as np
 folder = Path({str(folders["gpt2"])!r})
 backend = load_backend("jax")
 contract = FineTuneContract.from_fields(trains=False, model=str(folder), method="qlora", device="cpu")
-plan = ExecutionPlan(contract=contract, layout=read_layout(folder), backend="jax", execution_kernel="jax_qlora",
+layout = read_layout(folder)
+plan = ExecutionPlan(contract=contract, layout=layout, backend="jax", execution_kernel="jax_qlora",
+    weights=BaseWeights(parameters=1, stored_bytes=1, linears={{}}), limit_bytes=1, coverage=middle_coverage(layout, (), ""),
     runbook_kernel="candle_qlora", candle_compat_mode=True, contract_digest="", model_name="m", model_dir=folder,
-    tokenizer="hf", device="cpu", dtype="float32", contents={{}}, offers=(), gates=())
+    tokenizer="hf", device="cpu", dtype="float32", contents={{}}, offers=())
 session = backend.open(plan, BatchShape(rows=1, tokens=8, longest_row=8, supervised=8, batches=1))
 assert backend.generate(session, [3, 4], GenerateSettings(max_new_tokens=2, stop_tokens=()))
 assert not {{"transformers", "bitsandbytes", "safetensors"}} & set(sys.modules)
@@ -212,7 +215,7 @@ def test_what_the_graph_cannot_do_is_refused_with_its_reason(backend, folders, f
         layout, config=config, model_type=config["model_type"], family=layout.family if known else None
     )
     contract = FineTuneContract.from_fields(trains=False, model="m", device="cpu")
-    offer = backend.plan(contract, layout, tiny.MACHINE)
+    offer = backend.plan(contract, layout, tiny.MACHINE, tiny.WEIGHTS, None)
     assert not offer.feasible
     assert word in offer.reason
 

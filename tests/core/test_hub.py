@@ -1,10 +1,18 @@
 """Hub ids: real loading code, tried offline against a cache laid out as the hub client lays it out."""
 
+import shutil
+
+import folders
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import NotASafetensorsRepoError
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
+from mens_core import Planner
 from mens_core.errors import ModelError
 from mens_core.hf.hub import LAB_BASE, find_model
+from mens_core.hf.inventory import read_inventory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -57,3 +65,59 @@ def test_a_folder_is_found_where_it_is(tmp_path):
 def test_a_revision_of_what_has_none_is_an_error(model, tmp_path):
     with pytest.raises(ModelError, match="only a hub id has revisions"):
         find_model(str(tmp_path) if model else None, "v2")
+
+
+def _as_the_hub_answers(inventory):
+    """The client's own records of a model folder's headers, with offsets from the end of each header."""
+    first = min(info.start for info in inventory.tensors.values())
+    tensors = {
+        name: TensorInfo(info.dtype, list(info.shape), (info.start - first, info.stop - first))
+        for name, info in inventory.tensors.items()
+    }
+    name = inventory.files[0].name
+    file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
+    return SafetensorsRepoMetadata(
+        metadata={}, sharded=False, weight_map=dict.fromkeys(tensors, name), files_metadata={name: file}
+    )
+
+
+def test_a_plan_of_a_hub_id_asks_for_headers_and_a_run_for_the_weights(cache, tmp_path, monkeypatch):
+    whole = folders.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
+    rows = folders.rows_folder(tmp_path / "d")
+    inventory, asked = read_inventory(whole, None), []
+
+    def download(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        weights = ["model.safetensors"] if "*.safetensors" in allow_patterns else []
+        for name in ("config.json", "tokenizer.json", *weights):
+            shutil.copy(whole / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: _as_the_hub_answers(inventory))
+    fields = {"data_dir": rows, "output_dir": tmp_path / "run", "seq_len": 64, "max_steps": 1, "warmup_steps": 0}
+    plan = Planner().plan(model="owner/name", revision="main", **fields)
+    assert not any(pattern.endswith(".safetensors") for _, _, patterns in asked for pattern in patterns)
+    assert not (cache / "model.safetensors").exists()
+    here = Planner().plan(model=str(whole), **fields)
+    assert plan.weights == here.weights
+    assert plan.contract_digest == here.contract_digest
+    result = Planner().run(model="owner/name", revision="main", **fields)
+    assert asked[-1][2][-2:] == ["*.safetensors", "*.safetensors.index.json"]
+    assert result.manifest["finetune_contract_digest"] == plan.contract_digest
+    assert Planner().plan(model="owner/name", revision="main", **fields).weights == here.weights
+
+
+@pytest.mark.parametrize("error", [NotASafetensorsRepoError("pickles"), OSError("no network")])
+def test_a_hub_that_has_no_headers_is_an_error_that_says_so(cache, tmp_path, monkeypatch, error):
+    folders.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(tmp_path / "m" / name, cache / name)
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", refuse)
+    rows = folders.rows_folder(tmp_path / "d")
+    with pytest.raises(ModelError, match=str(error)):
+        Planner().plan(model="owner/name", data_dir=rows, output_dir=tmp_path / "run", seq_len=64)
