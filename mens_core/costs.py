@@ -18,7 +18,15 @@ from mens_core.contract import AdapterSpec, FineTuneContract
 from mens_core.exchange import BaseWeights, NF4Spec, Speed, Workload
 from mens_core.hf.layout import Layout
 
-__all__ = ["COSTS", "adapted_linears", "adapter_parameters", "nf4_bytes", "step_costs", "step_seconds"]
+__all__ = [
+    "COSTS",
+    "adapted_linears",
+    "adapter_parameters",
+    "nf4_bytes",
+    "standing_memory",
+    "step_costs",
+    "step_seconds",
+]
 
 COSTS = (
     "products",
@@ -60,6 +68,31 @@ def nf4_bytes(numbers: int, spec: NF4Spec) -> int:
     blocks = -(-numbers // spec.block_size)
     scales = blocks + 4 * -(-blocks // 256) + 4 if spec.double_quant else 4 * blocks
     return -(-numbers // 2) + scales
+
+
+def standing_memory(weights: BaseWeights, contract: FineTuneContract, dtype: str) -> dict[str, int]:
+    """Bytes that a session holds whatever the batch, by part of an offer's memory.
+
+    Exact for what is loaded: with lora the base in ``dtype``; with qlora its linears in NF4 and the rest in ``dtype``;
+    the adapter, its gradients and its two moments in float32.
+
+    Args:
+        weights: of the base.
+        contract: for method, adapter and NF4 storage.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+    adapter = 4 * adapter_parameters(weights, contract.adapter)
+    parts = {"adapter": adapter, "gradients": adapter, "optimizer": 2 * adapter}
+    width = 4 if dtype == "float32" else 2
+    if contract.adapter.method == "lora":
+        return {"base": width * weights.parameters, **parts}
+    spec = NF4Spec(block_size=contract.quant.block_size, double_quant=contract.quant.double_quant)
+    numbers = [out * into for out, into in weights.linears.values()]
+    return {
+        "base": width * (weights.parameters - sum(numbers)),
+        "quantised_base": sum(nf4_bytes(number, spec) for number in numbers),
+        **parts,
+    }
 
 
 def step_costs(

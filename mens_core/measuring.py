@@ -8,7 +8,8 @@ of 16 and windows are whole, so that a backend that fills batches up has nothing
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.adapter import initial_state
-from mens_core.artifacts.tensors import open_tensors
 from mens_core.backend import Backend
 from mens_core.contract import FineTuneContract
 from mens_core.costs import COSTS, step_costs
-from mens_core.exchange import BaseWeights, Batch, Speed, Workload
-from mens_core.hf.keymap import linear_shapes
+from mens_core.exchange import BaseWeights, Batch, ExecutionPlan, Speed, Workload
+from mens_core.hf.keymap import linear_shapes, tensor_shapes
 from mens_core.machine import this_machine
 from mens_core.planner import resolve
 from mens_core.random_model import Size, write_random_weights
@@ -36,6 +36,19 @@ __all__ = ["fit_seconds", "measure_speed"]
 
 # Once to compile and to warm up, then the least of these: what disturbs a step only ever makes it longer.
 _REPEATS = 3
+
+# Seconds per unit on one core of a server of 2024; only their proportions matter here.
+_COMMON = {
+    "products": 1e-11,
+    "adapter": 1e-11,
+    "attention": 9e-12,
+    "elementwise": 1.5e-9,
+    "logits": 2.5e-9,
+    "weights": 8e-10,
+    "layers": 1e-3,
+    "updates": 5e-9,
+}
+_DRAWN = 0.1
 
 
 @attrs.frozen(kw_only=True)
@@ -63,7 +76,7 @@ _PROBES = (
         arch="gpt2",
         size=_size(768, 2, 3072, 12),
         vocab_size=2048,
-        rows=4,
+        rows=2,
         length=128,
         supervised=32,
         batches=(1, 2),
@@ -77,12 +90,11 @@ _PROBES = (
     _Probe(arch="qwen2", size=_size(256, 1, 512, 4), vocab_size=32768, rows=2, length=128, supervised=112),
     # elementwise work and thin products, with a wide adapter and many updates
     _Probe(arch="llama", size=_size(512, 2, 2048, 8), vocab_size=512, rows=2, length=256, supervised=16, rank=64),
-    _Probe(arch="llama", size=_size(384, 3, 1024, 2), vocab_size=512, rows=8, length=64, supervised=16, rank=8),
 )
 
 
 def measure_speed(kernel: str, *, device: str = "auto", dtype: str = "auto", file: Path | None = None) -> Speed:
-    """Measure a kernel, keep the result for the planner, and return it. Takes some ten to twenty seconds on a CPU.
+    """Measure a kernel, keep the result for the planner, and return it. Takes half a minute or less on a CPU.
 
     Args:
         kernel: ``<backend>_<method>``.
@@ -94,8 +106,8 @@ def measure_speed(kernel: str, *, device: str = "auto", dtype: str = "auto", fil
         MensError: if the backend cannot be used, or cannot run a plain model on the device.
         OSError: if the result cannot be written.
     """
-    timed: list[tuple[Mapping[str, float], float]] = []
-    key = ""
+    costs: list[Mapping[str, float]] = []
+    seconds: list[float] = []
     for probe in _PROBES:
         with tempfile.TemporaryDirectory() as folder:
             write_random_weights(Path(folder), arch=probe.arch, size=probe.size, vocab_size=probe.vocab_size)
@@ -107,33 +119,40 @@ def measure_speed(kernel: str, *, device: str = "auto", dtype: str = "auto", fil
                 device=device,
                 dtype=dtype,
                 rank=probe.rank,
-                alpha=2.0 * probe.rank,
             )
-            for costs, seconds, key in _timings(probe, contract):
-                timed.append((costs, seconds))
-    counts, seconds = [costs for costs, _ in timed], [taken for _, taken in timed]
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    speed = Speed(seconds=fit_seconds(counts, seconds), source=f"measured here on {today}")
-    store_speed(key, speed, this_machine(), file)
+            plan, backend = resolve(contract, trains=False)
+            for work, taken in _timings(probe, plan, backend):
+                costs.append(work)
+                seconds.append(taken)
+    today = dt.datetime.now(tz=dt.UTC).astimezone().date()
+    speed = Speed(seconds=fit_seconds(costs, seconds), source=f"measured here on {today}")
+    store_speed(f"{plan.execution_kernel} {plan.device} {plan.dtype}", speed, this_machine(), file)
     return speed
 
 
 def fit_seconds(costs: Sequence[Mapping[str, float]], seconds: Sequence[float]) -> dict[str, float]:
     """Seconds per unit of each kind of work, none negative, with the least sum of squared relative errors.
 
+    What the timings do not settle keeps the proportion it has on a common machine: each kind's ratio to that is drawn
+    towards the timings' median ratio (Hoerl & Kennard 1970, ridge regression), so lightly that a factor of two weighs
+    as much as an error of a tenth in one timing.
+
     Args:
         costs: of each timed step, from ``costs.step_costs``.
         seconds: that each took, positive.
     """
-    counts = np.array([[cost[name] for name in COSTS] for cost in costs]) / np.array(seconds)[:, None]
-    # Columns of like size, so that one threshold serves them all.
-    units = np.maximum(counts.max(axis=0), np.finfo(np.float64).tiny)
-    found = _non_negative(counts / units, np.ones(len(counts))) / units
+    common = np.array([_COMMON[name] for name in COSTS])
+    # Shares of each step's time that the common machine would spend on each kind of work.
+    shares = np.array([[cost[name] for name in COSTS] for cost in costs]) * common / np.array(seconds)[:, None]
+    scale = 1.0 / np.median(shares.sum(axis=1))
+    matrix = np.vstack([shares * scale, _DRAWN * np.eye(len(COSTS))])
+    target = np.append(np.ones(len(shares)), np.full(len(COSTS), _DRAWN))
+    found = _non_negative(matrix, target) * scale * common
     return {name: float(value) for name, value in zip(COSTS, found, strict=True)}
 
 
 def _non_negative(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """x ≥ 0 with the least |matrix x - target| (Lawson & Hanson 1974, Solving Least Squares Problems, chapter 23)."""
+    """The x ≥ 0 with the least |matrix x - target| (Lawson & Hanson 1974, Solving Least Squares, ch. 23)."""
     found = np.zeros(matrix.shape[1])
     free = np.zeros(matrix.shape[1], bool)
     for _ in range(3 * len(found)):
@@ -158,20 +177,14 @@ def _non_negative(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> N
     return found
 
 
-def _timings(probe: _Probe, contract: FineTuneContract) -> Iterator[tuple[dict[str, float], float, str]]:
-    """(costs, seconds, key of the speed) of each of the probe's windows."""
-    plan, backend = resolve(contract, trains=False)
-    rows = _rows(probe)
-    most = max(probe.batches)
+def _timings(probe: _Probe, plan: ExecutionPlan, backend: Backend) -> Iterator[tuple[dict[str, float], float]]:
+    """(costs, seconds) of each of the probe's windows."""
+    rows, most = _rows(probe), max(probe.batches)
     shape = run_shape(rows * most, batch_size=probe.rows, grad_accum=most, seed=0, epochs=1)
     session = backend.open(plan, shape)
     session = backend.restore(session, initial_state(backend.state(session).adapter, seed=0))
-    headers = open_tensors(plan.model_dir).headers
-    weights = BaseWeights(
-        parameters=sum(int(np.prod(info.shape)) for info in headers.values()),
-        stored_bytes=sum(info.stop - info.start for info in headers.values()),
-        linears=linear_shapes(plan.layout),
-    )
+    parameters = sum(math.prod(tensor) for tensor in tensor_shapes(plan.layout).values())
+    weights = BaseWeights(parameters=parameters, stored_bytes=4 * parameters, linears=linear_shapes(plan.layout))
     for count in probe.batches:
         window = [pack(rows)] * count
         steps = [_step(backend, session, window) for _ in range(1 + _REPEATS)]
@@ -185,8 +198,7 @@ def _timings(probe: _Probe, contract: FineTuneContract) -> Iterator[tuple[dict[s
             steps=1,
             source="a probe",
         )
-        costs = step_costs(plan.layout, weights, contract, work)
-        yield costs, min(steps[1:]), f"{plan.execution_kernel} {plan.device} {plan.dtype}"
+        yield step_costs(plan.layout, weights, plan.contract, work), min(steps[1:])
 
 
 def _rows(probe: _Probe) -> list[TokenRow]:

@@ -12,7 +12,8 @@ import references
 import tiny
 import tolerances
 from mens_jax import attention, step
-from mens_jax._packing import Buckets, Rows, Size, fill, stack
+from mens_jax._packing import Rows, fill, stack
+from mens_jax._sizes import Buckets, Size
 
 from mens_core.contract import FineTuneContract
 from mens_core.exchange import BatchShape, TrainingState
