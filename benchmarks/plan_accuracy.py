@@ -1,6 +1,6 @@
-"""What a plan says of memory and time against what the run then took: four kernels, nine runs each.
+"""What a plan says of memory and time against what the run then took: four kernels, twelve runs each.
 
-    make bench-plans         or         python benchmarks/plan_accuracy.py [--kernels torch_lora,jax_lora]
+    make bench-plans    or    python benchmarks/plan_accuracy.py [--kernels torch_lora,jax_lora] [--dtype bfloat16]
 
 Every run is a process of its own that goes through the front door, ``Planner().run``, on a random model and rows of
 known length, 30 % supervised, on one core. Before it starts, the plan is made from speeds that were measured once a
@@ -125,6 +125,31 @@ RUNS = (
         lengths=(96,),
         batch_size=1,
     ),
+    Run(
+        name="llama 640x6, 3x300",
+        arch="llama",
+        size=(640, 6, 10, 5, 64, 1720),
+        vocab_size=24000,
+        lengths=(300,),
+        batch_size=3,
+    ),
+    Run(
+        name="gpt2 512x8, 2 x 4x(90 180 270)",
+        arch="gpt2",
+        size=(512, 8, 8, 8, 64, 2048),
+        vocab_size=30000,
+        lengths=(90, 180, 270),
+        batch_size=4,
+        grad_accum=2,
+    ),
+    Run(
+        name="qwen2 384x8, 2x700",
+        arch="qwen2",
+        size=(384, 8, 6, 2, 64, 1024),
+        vocab_size=20000,
+        lengths=(700,),
+        batch_size=2,
+    ),
 )
 
 
@@ -132,26 +157,27 @@ def main() -> None:
     """Run the grid, or with ``--one`` a single step of it; each is a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         _ONE[arguments.one[0]](json.loads(arguments.one[1]))
         return
     with tempfile.TemporaryDirectory() as folder:
-        _grid(arguments.kernels.split(","), Path(folder))
+        _grid(arguments.kernels.split(","), arguments.dtype, Path(folder))
 
 
-def _grid(kernels: Sequence[str], folder: Path) -> None:
+def _grid(kernels: Sequence[str], dtype: str, folder: Path) -> None:
     """Measure each kernel's speed, then plan and run the grid; print a row a run and the figures."""
     print("packages: " + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "jax")))
     for number, run in enumerate(RUNS):
         _process("write", {"run": attrs.asdict(run), "folder": str(folder / str(number))}, folder)
     errors: dict[str, list[dict[str, float]]] = {}
     for kernel in kernels:
-        speed = _process("speed", {"kernel": kernel}, folder)
+        speed = _process("speed", {"kernel": kernel, "dtype": dtype}, folder)
         print(f"{kernel}: measured in {speed['took']:.0f} s: {speed['seconds']}", flush=True)
         for number, run in enumerate(RUNS):
-            fields = {"fields": _fields(kernel, run, folder / str(number))}
+            fields = {"fields": {**_fields(kernel, run, folder / str(number)), "dtype": dtype}}
             found = _process("plan", fields, folder) | _process("run", fields, folder)
             errors.setdefault(kernel, []).append(_row(kernel, run, found))
     for kernel, rows in errors.items():
@@ -239,7 +265,7 @@ def _speed(argument: Mapping[str, Any]) -> None:
 
     _one_core()
     begun = time.perf_counter()
-    speed = measure_speed(argument["kernel"], device="cpu")
+    speed = measure_speed(argument["kernel"], device="cpu", dtype=argument["dtype"])
     taken = {"took": time.perf_counter() - begun, "seconds": dict(speed.seconds)}
     print(_MARK + json.dumps(taken))
 

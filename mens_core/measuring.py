@@ -48,7 +48,7 @@ _COMMON = {
     "layers": 1e-3,
     "updates": 5e-9,
 }
-_DRAWN = 0.1
+_DRAWN = 0.03
 
 
 @attrs.frozen(kw_only=True)
@@ -135,7 +135,7 @@ def fit_seconds(costs: Sequence[Mapping[str, float]], seconds: Sequence[float]) 
 
     What the timings do not settle keeps the proportion it has on a common machine: each kind's ratio to that is drawn
     towards the timings' median ratio (Hoerl & Kennard 1970, ridge regression), so lightly that a factor of two weighs
-    as much as an error of a tenth in one timing.
+    as much as an error of 3 % in one timing.
 
     Args:
         costs: of each timed step, from ``costs.step_costs``.
