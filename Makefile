@@ -1,5 +1,5 @@
-# Five verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo bench
+# Six verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
+.PHONY: install check test demo bench bench-plans
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,9 @@ demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and a
 
 bench: $(VENV)/.dev          ## the measurements of benchmarks/README.md
 	$(BIN)/python benchmarks/training_step.py
+
+bench-plans: $(VENV)/.dev    ## what a plan says against what a run takes, a quarter of an hour
+	$(BIN)/python benchmarks/plan_accuracy.py
 
 $(VENV)/.torch: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

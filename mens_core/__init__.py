@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from mens_core.generation import generate
     from mens_core.hookspecs import hookimpl
+    from mens_core.measuring import measure_speeds
     from mens_core.planner import Planner
     from mens_core.plugins import BackendInfo, installed_backends
     from mens_core.random_model import write_random_model
@@ -64,6 +65,7 @@ _HOMES = {
     "generate": "generation",
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
+    "measure_speeds": "measuring",
     "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
 }
@@ -92,6 +94,7 @@ __all__ = [
     "generate",
     "hookimpl",
     "installed_backends",
+    "measure_speeds",
     "write_pairs",
     "write_random_model",
 ]

@@ -10,6 +10,7 @@ from mens_core.contract import METHODS
 from mens_core.errors import PluginError
 from mens_core.machine import this_machine
 from mens_core.plugins import installed_backends, load_backend
+from mens_core.speeds import read_speeds, speeds_file
 
 __all__ = ["examine"]
 
@@ -54,6 +55,8 @@ def examine() -> dict[str, Any]:
             for state in [_state(info.name)]
             for method in METHODS
         },
+        "speeds": {key: speed.source for key, speed in read_speeds(machine).items()},
+        "speeds_file": str(speeds_file()),
         "variables": {
             name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in _VARIABLES.items()
         },

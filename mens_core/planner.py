@@ -30,6 +30,7 @@ from mens_core.preflight import (
     rotary_pairs,
     strict_proxy_stack,
 )
+from mens_core.speeds import read_speeds
 from mens_core.survey import Base, Rows, look_at_base, look_at_rows
 from mens_core.training.run import RunResult, run_plan
 from mens_core.training.schedule import warmup_for
@@ -134,10 +135,11 @@ def decide(
     base = look_at_base(contract, weights=weights or contract.model.scan_weights)
     rows = look_at_rows(contract, base) if trains else None
     preflight = _preflight(contract, base, rows)
+    machine = this_machine()
     question = Question(
         contract=contract,
         layout=base.layout,
-        machine=this_machine(),
+        machine=attrs.evolve(machine, speeds=read_speeds(machine)),
         weights=base.weights,
         work=lambda changed: rows.workload(changed) if rows else None,
     )

@@ -47,6 +47,7 @@ class BackendInfo:
         distribution: the installed distribution that offers it.
         version: of that distribution.
         target: the module it would import.
+        needs: required distributions.
         missing: required distributions that are not installed; empty when the backend is ready.
         install: the command that brings what is missing.
     """
@@ -55,6 +56,7 @@ class BackendInfo:
     distribution: str
     version: str
     target: str
+    needs: tuple[str, ...]
     missing: tuple[str, ...]
     install: str
 
@@ -190,6 +192,7 @@ def _describe(entry: importlib.metadata.EntryPoint) -> BackendInfo:
         distribution=name,
         version=distribution.version,
         target=entry.value,
+        needs=tuple(item.name for item in needed),
         missing=missing,
         install=f"pip install '{name}[{entry.name}]'" if extra else f"pip install {' '.join(missing) or name}",
     )

@@ -27,7 +27,7 @@ from mens_core.hf.layout import GRAPHS, read_layout
 from mens_core.text.chat import TURN_END, TURN_START
 from mens_core.text.lab import END_OF_TEXT
 
-__all__ = ["SIZES", "Size", "write_random_model"]
+__all__ = ["SIZES", "Size", "write_random_model", "write_random_weights"]
 
 _INITIAL_STD = 0.02
 _FOLDER_MODE = 0o755  # mkdtemp makes a folder nobody else may enter; a model folder is an ordinary one
@@ -84,15 +84,28 @@ def write_random_model(
     building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         tokens = _write_tokenizer(building, text, vocab_size, SIZES[size].positions)
-        write_json(building / "config.json", _config(arch, SIZES[size], tokens))
-        layout = read_layout(building)
-        tensors = {name: _initial(name, shape, seed) for name, shape in tensor_shapes(layout).items()}
-        write_tensors(building / "model.safetensors", tensors, {"format": "pt"})
+        write_random_weights(building, arch=arch, size=SIZES[size], vocab_size=tokens, seed=seed)
         building.chmod(_FOLDER_MODE)
         building.replace(output)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def write_random_weights(folder: Path, *, arch: str, size: Size, vocab_size: int, seed: int = 42) -> None:
+    """Write config.json and model.safetensors, float32, of a model of any size; for measuring, no tokenizer is needed.
+
+    Args:
+        folder: exists.
+        arch: one of ``GRAPHS``.
+        size: of the model.
+        vocab_size: rows of the embedding.
+        seed: of the weights.
+    """
+    write_json(folder / "config.json", _config(arch, size, vocab_size))
+    shapes = tensor_shapes(read_layout(folder))
+    tensors = {name: _initial(name, shape, seed) for name, shape in shapes.items()}
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def _initial(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:

@@ -87,6 +87,13 @@ def doctor_text(found: Mapping[str, Any]) -> str:
         "",
         table(("kernel", "state"), [(name, _kernel_state(state)) for name, state in found["kernels"].items()]),
         "",
+        *(f"speed      {key}: {source}" for key, source in found["speeds"].items()),
+        *(
+            []
+            if found["speeds"]
+            else ["speed      not measured here; measure with: python -m mens_core doctor --measure"]
+        ),
+        "",
         table(
             ("variable", "value", "meaning"),
             [(name, entry["value"] or "-", entry["meaning"]) for name, entry in found["variables"].items()],

@@ -117,6 +117,7 @@ def test_the_public_surface_is_what_it_says():
         "generate",
         "hookimpl",
         "installed_backends",
+        "measure_speeds",
         "write_pairs",
         "write_random_model",
     ]

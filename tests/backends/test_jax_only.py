@@ -12,7 +12,8 @@ import references
 import tiny
 import tolerances
 from mens_jax import attention, step
-from mens_jax._packing import Buckets, Rows, Size, fill, stack
+from mens_jax._packing import Rows, fill, stack
+from mens_jax._sizes import Buckets, Size
 
 from mens_core.contract import FineTuneContract
 from mens_core.exchange import BatchShape, TrainingState
@@ -134,7 +135,8 @@ backend = load_backend("jax")
 contract = FineTuneContract.from_fields(trains=False, model=str(folder), method="qlora", device="cpu")
 layout = read_layout(folder)
 plan = ExecutionPlan(contract=contract, layout=layout, backend="jax", execution_kernel="jax_qlora",
-    weights=BaseWeights(parameters=1, stored_bytes=1, linears={{}}), coverage=middle_coverage(layout, (), ""), limit_bytes=1,
+    weights=BaseWeights(parameters=1, stored_bytes=1, linears={{}}), limit_bytes=1,
+    coverage=middle_coverage(layout, (), ""),
     runbook_kernel="candle_qlora", candle_compat_mode=True, contract_digest="", model_name="m", model_dir=folder,
     tokenizer="hf", device="cpu", dtype="float32", contents={{}}, offers=())
 session = backend.open(plan, BatchShape(rows=1, tokens=8, longest_row=8, supervised=8, batches=1))

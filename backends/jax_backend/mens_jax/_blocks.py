@@ -23,6 +23,7 @@ from jax import Array, lax
 from mens_jax import _families
 from mens_jax._arrays import KEPT
 from mens_jax._parts import Embedding, Parts
+from mens_jax._sizes import has_room
 from mens_jax.lora import LoraLinear
 
 __all__ = ["Attend", "Gpt2Decoder", "LlamaDecoder", "Parts", "scan_blocks"]
@@ -224,12 +225,12 @@ def scan_blocks(
 
 
 def _has_room(blocks: nnx.Module, hidden: Array) -> bool:
-    """Whether all layers' products take no more than a gibibyte, or no more than the base itself."""
+    """Whether the products of all layers may be kept."""
     linears = [module for _, module in nnx.iter_graph(blocks) if isinstance(module, LoraLinear)]
     layers = jax.tree.leaves(nnx.state(blocks))[0].shape[0]
     products = sum(linear.shape[0] for linear in linears) * layers * hidden.size // hidden.shape[1]
     base = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(blocks)))
-    return bool(products * hidden.dtype.itemsize <= max(base, 1 << 30))
+    return has_room(products * hidden.dtype.itemsize, base)
 
 
 def _rotate(x: Array, rotary: Rotary) -> Array:

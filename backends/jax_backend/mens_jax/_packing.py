@@ -1,10 +1,4 @@
-"""Static shapes for batches of any length.
-
-XLA compiles for each shape. A run's largest batch is known when the session opens, so its batches are filled up
-to one of three sizes (half, three quarters and all of the largest) with tokens that belong to no row; a run
-compiles its step at most three times. Batches beyond the largest, as evaluation may bring them, get a size of
-their own, rounded up so that like batches share it.
-"""
+"""Packed batches filled up to a static size (``_sizes``), on the host, and where their rows lie."""
 
 from __future__ import annotations
 
@@ -13,20 +7,15 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import attrs
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mens_core.exchange import IGNORE, Batch, BatchShape
+from mens_core.exchange import IGNORE, Batch
+from mens_jax._sizes import Size
 
-__all__ = ["Buckets", "PackedBatch", "Rows", "Size", "fill", "rounded_up", "stack"]
-
-# Shares of the largest batch's tokens and supervised tokens. A batch of few tokens costs less than a compilation.
-_TIERS = (0.5, 0.75, 1.0)
-_FEW_TOKENS = 512
-_MULTIPLE = 16
+__all__ = ["PackedBatch", "Rows", "fill", "stack"]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["lengths"], meta_fields=["longest"])
@@ -91,57 +80,6 @@ class PackedBatch:
     targets: Array
 
 
-@attrs.frozen(kw_only=True)
-class Size:
-    """The static numbers of a compiled function: rows, their longest, tokens, supervised tokens."""
-
-    rows: int
-    longest: int
-    tokens: int
-    supervised: int
-
-    @classmethod
-    def of(cls, batch: Batch) -> Size:
-        """The least size that holds a batch."""
-        return cls(
-            rows=len(batch.row_lengths),
-            longest=int(batch.row_lengths.max()),
-            tokens=len(batch.input_ids),
-            supervised=batch.supervised_tokens,
-        )
-
-    def holds(self, other: Size) -> bool:
-        """Whether a batch of the other size fits in."""
-        return all(mine >= theirs for mine, theirs in zip(attrs.astuple(self), attrs.astuple(other), strict=True))
-
-
-class Buckets:
-    """The sizes of a run."""
-
-    def __init__(self, shape: BatchShape) -> None:
-        longest = _up(shape.longest_row, _MULTIPLE)
-        self._tiers = [
-            Size(
-                rows=shape.rows,
-                longest=longest,
-                tokens=_up(int(np.ceil(shape.tokens * share)), _MULTIPLE),
-                supervised=_up(int(np.ceil(shape.supervised * share)), _MULTIPLE),
-            )
-            for share in (_TIERS if shape.tokens > _FEW_TOKENS else _TIERS[-1:])
-        ]
-        self.batches = shape.batches
-
-    def fit(self, batches: Sequence[Batch]) -> Size:
-        """The smallest size that holds every one of the batches."""
-        sizes = [Size.of(batch) for batch in batches]
-        for tier in self._tiers:
-            if all(tier.holds(size) for size in sizes):
-                return tier
-        widest = [max(numbers) for numbers in zip(*(attrs.astuple(size) for size in sizes), strict=True)]
-        longest, tokens, supervised = (rounded_up(number) for number in widest[1:])
-        return Size(rows=rounded_up(widest[0], 1), longest=longest, tokens=tokens, supervised=supervised)
-
-
 def fill(batch: Batch, size: Size) -> PackedBatch:
     """Fill a batch up with what counts for nothing; the arrays stay on the host."""
     chosen = np.flatnonzero(batch.targets != IGNORE)
@@ -168,12 +106,3 @@ def _padded(values: Any, length: int, fill: int) -> Any:
     padded = np.full(length, fill, np.int32)
     padded[: len(values)] = values
     return padded
-
-
-def _up(number: int, multiple: int) -> int:
-    return max(1, -(-number // multiple)) * multiple
-
-
-def rounded_up(number: int, least: int = _MULTIPLE) -> int:
-    """To one of four sizes an octave and a multiple of ``least``, so that batches of like size share a compilation."""
-    return _up(number, max(least, 1 << max(0, number.bit_length() - 3)))

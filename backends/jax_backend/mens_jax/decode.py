@@ -25,7 +25,7 @@ from mens_core.errors import DataError
 from mens_core.exchange import GenerateSettings
 from mens_jax._arrays import dot
 from mens_jax._blocks import scan_blocks
-from mens_jax._packing import rounded_up
+from mens_jax._sizes import rounded_up
 from mens_jax.model import Model
 from mens_jax.step import Session
 

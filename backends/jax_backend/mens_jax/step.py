@@ -8,7 +8,7 @@
                                                              ▼
                             A, B ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
 
-The whole window is one compiled function, compiled once for each of at most three sizes (``_packing``). Nothing
+The whole window is one compiled function, compiled once for each of at most three sizes (``_sizes``). Nothing
 waits for the device: metrics and the decision to skip an update stay there.
 """
 
@@ -34,7 +34,8 @@ from mens_core.exchange import Batch, BatchShape, ExecutionPlan, StepMetrics, Tr
 from mens_jax._adamw import Trained, adamw
 from mens_jax._arrays import device_named, take
 from mens_jax._names import stacked_name
-from mens_jax._packing import Buckets, PackedBatch, fill, stack
+from mens_jax._packing import PackedBatch, fill, stack
+from mens_jax._sizes import Buckets, logits_chunk
 from mens_jax.loss import supervised_loss
 from mens_jax.model import Model, hidden_states, load_model, logits
 
@@ -44,10 +45,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _Graph: TypeAlias = "nnx.GraphDef[Model]"
 _Unravel: TypeAlias = "Callable[[Array], nnx.State]"
-
-# Logits that may exist at the same time, in numbers, and positions that are never too many. XLA's products are
-# the faster the more positions share a pass over the head.
-_MOST_LOGITS, _LEAST_CHUNK = 1 << 25, 128
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -210,7 +207,7 @@ def _loss_sum(adapter: Array, graph: _Graph, unravel: _Unravel, frozen: nnx.Stat
     model = nnx.merge(graph, unravel(adapter), frozen)
     hidden = hidden_states(model, batch.input_ids, batch.positions, batch.rows)
     chosen = take(hidden, batch.keep, batch.back)
-    return supervised_loss(chosen, model.head, batch.targets, max(_LEAST_CHUNK, _MOST_LOGITS // len(model.head)))
+    return supervised_loss(chosen, model.head, batch.targets, logits_chunk(len(model.head)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -1,0 +1,114 @@
+"""How much memory a run takes, part by part, from the model's numbers and its largest batch; needs no PyTorch.
+
+What a layer keeps for the backward pass, in numbers a token, follows from ``lora`` and transformers' graphs and was
+checked against the tensors autograd saves (equal to the last one for GPT-2, Llama and Qwen3). D width, F feed-forward
+width, H query and K key/value heads of width E, R rank::
+
+    norms      4 D                   what goes into each of the two, and what comes out, which its linears share
+    attention  2 H·E + 2 K·E + H·E   query, key, value, output, and the output laid end to end
+               H·E + K·E             Qwen3: query and key before their norms
+    GPT-2      2 F                   before the activation function and behind it
+    others     4 F                   gate, its activation, up, and their product
+    adapters   R                     x Aᵀ of each adapted linear
+
+On a CPU the demand is that of the whole process, and glibc's heap adds holes between what is kept and what is
+freed: with PyTorch 2.13 a tenth of what is kept for GPT-2 and a third for the rotary families, whose layers make many
+short-lived tensors (measured by fixing the heap's thresholds, which takes the holes away).
+"""
+
+from __future__ import annotations
+
+from mens_core.contract import FineTuneContract
+from mens_core.costs import adapted_linears, standing_memory
+from mens_core.exchange import BaseWeights, Workload
+from mens_core.hf.layout import Layout
+
+__all__ = ["memory_parts"]
+
+_MIB = 1 << 20
+# Of a process that has loaded PyTorch 2.13, transformers 5.23 and one model's code, and for qlora bitsandbytes 0.50;
+# the same to 3 MiB over the models tried.
+_FRAMEWORK = {"lora": 400 * _MIB, "qlora": 447 * _MIB}
+# A CUDA context with cuBLAS' workspace, as NVIDIA's tools commonly show it; not measured here.
+_CUDA_FRAMEWORK = 600 * _MIB
+# The chunk of ``loss.supervised_loss`` and the rows of it that pass the softmax together on a CPU.
+_CHUNK, _ROWS_IN_CACHE = 256, 16
+# Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
+_HOLES, _SHORT_LIVED = {True: 0.10, False: 0.33}, {True: 3, False: 6}
+_SCRATCH = 16 * _MIB
+# Dense weights of a layer that come and go as NF4 is brought back, holes included.
+_BROUGHT_BACK = 3
+
+
+def memory_parts(
+    contract: FineTuneContract, layout: Layout, weights: BaseWeights, workload: Workload, device: str, dtype: str
+) -> dict[str, int]:
+    """Bytes by part, out of ``exchange.MEMORY_PARTS``; the sum is the highest demand on the device.
+
+    Args:
+        contract: what is asked for.
+        layout: of the base.
+        weights: of the base.
+        workload: its largest batch decides.
+        device: ``cpu``, where the whole process counts, or ``cuda:N``.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+    on_cpu, tokens = device == "cpu", workload.shape.tokens
+    width = 4 if dtype == "float32" else 2
+    kept = tokens * _kept(contract, layout, weights, dtype)
+    short = _SHORT_LIVED[layout.family == "gpt2"] * tokens * layout.intermediate_size * width
+    linear = sum(out * into for out, into in weights.linears.values())
+    if contract.adapter.method == "qlora":
+        short += _BROUGHT_BACK * width * linear // layout.num_layers
+    if on_cpu:
+        short += int(_HOLES[layout.family == "gpt2"] * kept) + _SCRATCH
+    chunk = min(_CHUNK, workload.shape.supervised)
+    softmax = min(_ROWS_IN_CACHE, chunk) if on_cpu else chunk
+    parts = {
+        "framework": _FRAMEWORK[contract.adapter.method] if on_cpu else _CUDA_FRAMEWORK,
+        **standing_memory(weights, contract, dtype),
+        "activations": kept + short,
+        "logits": layout.vocab_size * (chunk * width + 2 * softmax * 4),
+    }
+    return parts | {"loading": _loading(contract, weights, width, parts) if on_cpu else 0}
+
+
+def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtype: str) -> int:
+    """Bytes a token that wait for the backward pass; the graph of an unknown family is taken for Llama's."""
+    width = 4 if dtype == "float32" else 2
+    query, key = layout.num_heads * layout.head_dim, layout.num_kv_heads * layout.head_dim
+    gpt2 = layout.family == "gpt2"
+    # An RMS norm keeps a float32 copy of what goes in.
+    wide = width if gpt2 else 4
+    block = 2 * wide * layout.hidden_size + width * (
+        2 * query + 2 * key + (1 if gpt2 else 3) * layout.intermediate_size
+    )
+    block += wide * (query + key) if layout.family == "qwen3" else 0
+    adapted = adapted_linears(weights, contract.adapter)
+    # A linear without an adapter does not keep its input.
+    for readers, numbers in _inputs(layout):
+        if layout.family is None or any(path.endswith(readers) for path in adapted):
+            block += width * numbers
+    return layout.num_layers * block + width * contract.adapter.rank * len(adapted)
+
+
+def _inputs(layout: Layout) -> list[tuple[tuple[str, ...], int]]:
+    """(linears that share an input, its numbers a token) of a layer."""
+    width, inner, query = layout.hidden_size, layout.intermediate_size, layout.num_heads * layout.head_dim
+    if layout.family == "gpt2":
+        return [((".c_attn",), width), ((".attn.c_proj",), width), ((".c_fc",), width), ((".mlp.c_proj",), inner)]
+    shared = (".q_proj", ".k_proj", ".v_proj"), (".gate_proj", ".up_proj")
+    return [(shared[0], width), ((".o_proj",), query), (shared[1], width), ((".down_proj",), inner)]
+
+
+def _loading(contract: FineTuneContract, weights: BaseWeights, width: int, parts: dict[str, int]) -> int:
+    """What the mapped files take beyond what training then holds.
+
+    A file stays mapped, and the whole of it resident, as long as one tensor is read where it lies: with qlora the
+    linears, of which only the NF4 is used, stay with the embedding. A file in another number format is let go.
+    """
+    linear = sum(out * into for out, into in weights.linears.values())
+    if weights.stored_bytes == width * weights.parameters:
+        return width * linear if contract.adapter.method == "qlora" else 0
+    later = sum(parts[name] for name in ("gradients", "optimizer", "activations", "logits"))
+    return max(0, weights.stored_bytes - later)

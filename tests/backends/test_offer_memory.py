@@ -1,0 +1,196 @@
+"""What an offer says of memory and time, held against sessions that are really open."""
+
+import inspect
+import math
+
+import attrs
+import numpy as np
+import pytest
+import tiny
+
+from mens_core.artifacts.tensors import open_tensors
+from mens_core.contract import FineTuneContract
+from mens_core.costs import COSTS
+from mens_core.exchange import MEMORY_PARTS, BaseWeights, BatchShape, Speed, Workload
+from mens_core.hf.keymap import linear_shapes
+from mens_core.hf.layout import read_layout
+
+WORK = Workload(
+    shape=BatchShape(rows=2, tokens=512, longest_row=256, supervised=160, batches=1),
+    batches=1,
+    tokens=512,
+    supervised=160,
+    pairs=2 * 256**2,
+    rows=2,
+    steps=1,
+    source="a test",
+)
+
+
+def _weights(folder):
+    headers = open_tensors(folder).headers
+    return BaseWeights(
+        parameters=sum(math.prod(info.shape) for info in headers.values()),
+        stored_bytes=sum(info.stop - info.start for info in headers.values()),
+        linears=linear_shapes(read_layout(folder)),
+    )
+
+
+@pytest.fixture
+def offer_of(backend, folders):
+    """The backend's offer for a family."""
+
+    def offer(family, work=WORK, machine=tiny.MACHINE, **fields):
+        contract = FineTuneContract.from_fields(
+            trains=False, model=str(folders[family]), **{"device": "cpu", "rank": 4} | fields
+        )
+        return backend.plan(contract, read_layout(folders[family]), machine, _weights(folders[family]), work)
+
+    return offer
+
+
+def _held(backend, session):
+    """Bytes of the base as it is held, dense and in NF4."""
+    if backend.name == "torch":
+        network = session.model.network
+        frozen = [(module.frozen, module.bias) for module in network.modules() if hasattr(module, "frozen")]
+        rest = [tensor for name, tensor in network.named_parameters() if ".lora_" not in name]
+        tensors = [tensor for pair in frozen for tensor in pair if tensor is not None] + rest
+    else:
+        from flax import nnx
+
+        leaves = nnx.to_flat_state(session.frozen)
+        tensors = [leaf.get_value() for path, leaf in leaves if path[-1] in {"weight", "bias"}]
+    packed = [tensor for tensor in tensors if hasattr(tensor, "codes")]
+    dense = [tensor for tensor in tensors if not hasattr(tensor, "codes")]
+    parts = [getattr(weight, name) for weight in packed for name in ("codes", "absmax", "nested_absmax", "offset")]
+    return sum(tensor.nbytes for tensor in dense), sum(part.nbytes for part in parts if part is not None)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_base_takes_as_many_bytes_as_were_offered(backend, offer_of, session_of, family, method):
+    dense, packed = _held(backend, session_of(family, method=method))
+    memory = offer_of(family, method=method).memory
+    assert memory["base"] == dense
+    assert memory.get("quantised_base", 0) == packed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_takes_as_many_bytes_in_either_number_format(backend, offer_of, session_of, dtype):
+    dense, _ = _held(backend, session_of("llama", dtype=dtype))
+    assert offer_of("llama", dtype=dtype).memory["base"] == dense
+
+
+def test_scales_that_are_not_quantised_take_as_many_bytes_as_were_offered(backend, offer_of, session_of):
+    _, packed = _held(backend, session_of("llama", method="qlora", double_quant=False, block_size=128))
+    offer = offer_of("llama", method="qlora", double_quant=False, block_size=128)
+    assert offer.memory["quantised_base"] == packed
+
+
+def test_the_adapter_takes_as_many_bytes_as_were_offered(backend, offer_of, session_of, family):
+    state = backend.state(session_of(family))
+    assert offer_of(family).memory["adapter"] == sum(array.nbytes for array in state.adapter.values())
+
+
+def test_adapter_and_optimizer_of_some_linears_take_as_many_bytes_as_were_offered(backend, offer_of, session_of):
+    session = session_of("gpt2", targets=("c_attn",))
+    backend.step(session, [tiny.batch_of(9, 12)], 1e-3)
+    state, memory = backend.state(session), offer_of("gpt2", targets=("c_attn",)).memory
+    assert memory["adapter"] == sum(array.nbytes for array in state.adapter.values())
+    assert memory["optimizer"] == sum(array.nbytes for array in state.optimizer.values())
+
+
+def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, family):
+    import torch
+    from mens_torch.memory import _kept
+
+    from mens_core.plugins import load_backend
+
+    backend = load_backend("torch")
+    for targets in (("all-linear",), ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")):
+        plan = tiny.plan_for(backend, folders[family], targets=targets)
+        session = backend.open(plan, tiny.SHAPE)
+        batch = tiny.batch_of(24, 24)
+        own = {tensor.untyped_storage().data_ptr() for tensor in session.model.network.state_dict().values()}
+        kept = {}
+
+        def note(tensor, own=own, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        from mens_torch.step import _loss_sum
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            total = _loss_sum(session, batch)
+        said = 48 * _kept(plan.contract, plan.layout, _weights(folders[family]), "float32")
+        # Besides: a few numbers a row of each norm and attention, the rotary tables, the last norm and the loss.
+        beside = 4 * 48 * (plan.layout.num_layers * 8 * plan.layout.num_heads + 4 * plan.layout.hidden_size)
+        assert float(total.detach()) > 0
+        assert said <= sum(kept.values()) <= said + beside
+
+
+def test_the_torch_backend_counts_the_chunk_that_its_loss_uses():
+    from mens_torch import loss, memory
+
+    assert inspect.signature(loss.supervised_loss).parameters["chunk"].default == memory._CHUNK
+    assert loss._ROWS_IN_CACHE == memory._ROWS_IN_CACHE
+
+
+@pytest.mark.parametrize("part", ["tokens", "supervised", "longest_row"])
+def test_a_larger_batch_is_offered_at_more_memory(offer_of, family, part):
+    shape = attrs.evolve(WORK.shape, **{part: 4 * getattr(WORK.shape, part)})
+    less, more = offer_of(family), offer_of(family, attrs.evolve(WORK, shape=shape))
+    assert set(less.memory) <= set(MEMORY_PARTS)
+    assert more.peak_bytes >= less.peak_bytes
+    assert more.peak_bytes > less.peak_bytes or part != "tokens"
+
+
+def test_qlora_is_offered_at_less_base_than_lora(offer_of, family):
+    lora, qlora = (offer_of(family, method=method).memory for method in ("lora", "qlora"))
+    assert qlora["base"] + qlora["quantised_base"] < lora["base"]
+
+
+def test_without_a_workload_nothing_is_estimated(offer_of):
+    offer = offer_of("llama", None)
+    assert (offer.memory, offer.seconds_per_step, offer.seconds_source) == ({}, None, "")
+
+
+def test_a_table_s_seconds_say_so_and_name_the_way_to_measured_ones(offer_of):
+    offer = offer_of("llama")
+    assert offer.seconds_per_step > 0
+    assert "table" in offer.seconds_source
+    assert "doctor --measure" in offer.seconds_source
+
+
+def test_a_measured_speed_is_preferred_to_the_table(backend, offer_of):
+    speed = Speed(seconds=dict.fromkeys(COSTS, 0.0) | {"layers": 0.5}, source="measured here")
+    machine = attrs.evolve(tiny.MACHINE, speeds={f"{backend.name}_lora cpu float32": speed})
+    offer = offer_of("llama", machine=machine)
+    assert (offer.seconds_per_step, offer.seconds_source) == (2 * 0.5, "measured here")
+    assert "table" in offer_of("llama", machine=machine, method="qlora").seconds_source
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_every_device_and_format_has_a_table_and_memory(part, folders, backend, method, dtype, device):
+    offers, memory = part("offer"), part("memory")
+    speed = offers._typical(f"{backend.name}_{method}", device, dtype, tiny.MACHINE)
+    assert set(speed.seconds) == set(COSTS)
+    contract = FineTuneContract.from_fields(trains=False, model=str(folders["qwen3"]), method=method)
+    parts = memory.memory_parts(
+        contract, read_layout(folders["qwen3"]), _weights(folders["qwen3"]), WORK, device, dtype
+    )
+    assert set(parts) <= set(MEMORY_PARTS)
+    assert all(isinstance(size, int) and size >= 0 for size in parts.values())
+
+
+def test_a_batch_that_xla_fills_up_is_counted_as_it_is_computed():
+    from mens_jax.offer import _filled_up
+
+    work = attrs.evolve(WORK, shape=attrs.evolve(WORK.shape, tokens=1000), tokens=600, supervised=90)
+    # three quarters of 1000, in sixteens
+    assert _filled_up(work).tokens == 752
+    assert np.isclose(_filled_up(WORK).tokens, 512)
