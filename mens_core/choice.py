@@ -13,12 +13,13 @@ import attrs
 
 from mens_core.backend import Backend
 from mens_core.contract import METHODS, FineTuneContract
-from mens_core.errors import GateError, PluginError
+from mens_core.errors import DataError, GateError, PluginError
 from mens_core.exchange import BaseWeights, GateVerdict, KernelOffer, Machine, Workload
+from mens_core.fields import written_size
 from mens_core.hf.layout import FAMILIES, Layout
 from mens_core.plugins import installed_backends, load_offers
 
-__all__ = ["Choice", "Question", "choose", "fits_memory"]
+__all__ = ["Choice", "Question", "choice_gates", "choose"]
 
 _WAYS_SHOWN = 3
 _SMALL_RANK = 8
@@ -98,11 +99,14 @@ def choose(question: Question, *, compare: bool = False) -> Choice:
     )
 
 
-def fits_memory(choice: Choice) -> GateVerdict:
-    """The gate on memory, as the plan keeps it; what does not fit was refused before."""
+def choice_gates(choice: Choice) -> tuple[GateVerdict, ...]:
+    """What had to hold for the choice, as the plan keeps it; a run for which it did not was refused before."""
     peak = choice.offer.peak_bytes
-    needed = "no estimate of the memory" if peak is None else f"{_gib(peak)} of memory"
-    return GateVerdict(code="fits_memory", passed=True, message=f"{needed} within {_gib(choice.limit_bytes)}")
+    needed = "no estimate of the memory" if peak is None else f"{written_size(peak)} of memory"
+    return (
+        GateVerdict(code="backend_available", passed=True, message=f"{choice.offer.kernel} can do the run"),
+        GateVerdict(code="fits_memory", passed=True, message=f"{needed} within {written_size(choice.limit_bytes)}"),
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -159,7 +163,7 @@ def _too_much(question: Question, offer: KernelOffer) -> str | None:
     limit = question.limit(offer)
     if offer.peak_bytes is None or offer.peak_bytes <= limit:
         return None
-    return f"needs {_gib(offer.peak_bytes)} of memory, {_gib(limit)} may be used"
+    return f"needs {written_size(offer.peak_bytes)} of memory, {written_size(limit)} may be used"
 
 
 def _refusal(question: Question, answers: Sequence[_Answer]) -> GateError:
@@ -177,9 +181,9 @@ def _refusal(question: Question, answers: Sequence[_Answer]) -> GateError:
 
 
 def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> GateError:
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in offer.memory.items() if size)
+    parts = ", ".join(f"{name} {written_size(size)}" for name, size in offer.memory.items() if size)
     ways = list(_ways_to_fit(question, backend))[:_WAYS_SHOWN]
-    listing = "".join(f"\n      {flags}  ({_gib(peak)})" for flags, peak in ways)
+    listing = "".join(f"\n      {flags}  ({written_size(peak)})" for flags, peak in ways)
     return GateError(
         f"the run does not fit the memory:\n  - [fits_memory] {offer.kernel} {_too_much(question, offer)}",
         where=parts,
@@ -190,16 +194,19 @@ def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> G
 
 def _ways_to_fit(question: Question, backend: Backend) -> Iterator[tuple[str, int]]:
     """Changes that make the run fit: (flags, bytes it then needs); single ones first, then more and more together."""
-    changes = _changes(question.contract)
+    changes = _changes(question.contract, backend.name)
     together = [changes[:count] for count in range(2, len(changes) + 1)]
     for group in (*([change] for change in changes), *together):
         fields = {name: value for _, change in group for name, value in change.items()}
-        offer = question.ask(backend, question.contract.changed("advice", **fields))
+        try:
+            offer = question.ask(backend, question.contract.changed("advice", **fields))
+        except DataError:  # rows so short that nothing of them is left to train on are no way to fit
+            continue
         if offer.feasible and offer.peak_bytes is not None and _too_much(question, offer) is None:
             yield " ".join(flag for flag, _ in group), offer.peak_bytes
 
 
-def _changes(contract: FineTuneContract) -> list[tuple[str, dict[str, object]]]:
+def _changes(contract: FineTuneContract, backend: str) -> list[tuple[str, dict[str, object]]]:
     """Flags and fields that save memory, the least intrusive first."""
     training, length = contract.training, contract.data.seq_len
     window, half = training.batch_size * training.grad_accum, max(8, length // 2)
@@ -207,14 +214,11 @@ def _changes(contract: FineTuneContract) -> list[tuple[str, dict[str, object]]]:
     if training.batch_size > 1:
         changes.append((f"--batch-size 1 --grad-accum {window}", {"batch_size": 1, "grad_accum": window}))
     if contract.adapter.method == "lora":
-        changes.append(("--backend qlora", {"method": "qlora", "kernel": None, "base_quant": "auto"}))
+        flag = f"--backend {backend}_qlora"
+        changes.append((flag, {"backend": backend, "method": "qlora", "kernel": None, "base_quant": "auto"}))
     if contract.compute.dtype != "bfloat16":
         changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
     if contract.adapter.rank > _SMALL_RANK:
         changes.append((f"--rank {_SMALL_RANK}", {"rank": _SMALL_RANK}))
     changes.append((f"--seq-len {half} --on-overlong truncate", {"seq_len": half, "on_overlong": "truncate"}))
     return changes
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -6,9 +6,10 @@ import importlib.metadata
 import os
 from typing import Any
 
-from mens_core.contract import METHODS
-from mens_core.errors import PluginError
+from mens_core.contract import METHODS, FineTuneContract
+from mens_core.errors import MensError
 from mens_core.machine import this_machine
+from mens_core.planner import decide
 from mens_core.plugins import installed_backends, load_backend
 from mens_core.speeds import read_speeds, speeds_file
 
@@ -50,10 +51,7 @@ def examine() -> dict[str, Any]:
         "accelerator_drivers": list(machine.accelerators),
         "packages": {name: _version(name) for name in _PACKAGES},
         "kernels": {
-            f"{info.name}_{method}": state
-            for info in installed_backends()
-            for state in [_state(info.name)]
-            for method in METHODS
+            f"{info.name}_{method}": _state(info.name, method) for info in installed_backends() for method in METHODS
         },
         "speeds": {key: speed.source for key, speed in read_speeds(machine).items()},
         "speeds_file": str(speeds_file()),
@@ -70,9 +68,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _state(backend: str) -> dict[str, Any]:
+def _state(backend: str, method: str) -> dict[str, Any]:
+    """Whether a kernel can run the lab base here, and on which device."""
     try:
         plugin = load_backend(backend).plugin
-    except PluginError as error:
+        contract = FineTuneContract.from_fields(trains=False, backend=backend, method=method)
+        plan = decide(contract, trains=False)
+    except MensError as error:
         return {"ready": False, "obstacle": error.what, "fix": error.fix}
-    return {"ready": True, "plugin": plugin}
+    found = {"device": plan.device, "dtype": plan.dtype, "device_memory_bytes": plan.offer.capacity_bytes}
+    return {"ready": True, "plugin": plugin, **found}

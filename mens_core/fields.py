@@ -19,7 +19,7 @@ import attrs
 
 from mens_core.errors import ContractError
 
-__all__ = ["choice", "integer", "names", "number", "path", "size", "switch", "text"]
+__all__ = ["choice", "integer", "names", "number", "path", "size", "switch", "text", "written_size"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?b?)")
 _UNITS = {"": 1, "b": 1} | {
@@ -89,6 +89,11 @@ def size(default: int | None, help_text: str, **extra: Any) -> Any:
         return None
 
     return _field(default, help_text, parse=_bytes, check=check, metavar="SIZE", as_text=True, **extra)
+
+
+def written_size(count: int) -> str:
+    """A number of bytes for people, the way ``size`` reads it."""
+    return f"{count / 2**30:.2f}GiB" if count >= 2**30 else f"{count / 2**20:.0f}MiB"
 
 
 def _bytes(text: str) -> int:

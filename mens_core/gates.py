@@ -3,7 +3,7 @@
     of the contract alone      nf4_requires_qlora, qlora_requires_nf4, mobile_edge_*, forced_kernel_agrees
     of the base's folder       config_json_exists, tokenizer_exists, lab_tokenizer_fits
     of the rows                train_file_exists, row_fits_positions
-    of the chosen kernel       fits_memory
+    of the chosen kernel       backend_available, fits_memory (mens_core.choice)
 
 What became of the older system's gates, one by one, is written in docs/runbook.md.
 """

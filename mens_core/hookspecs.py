@@ -75,6 +75,8 @@ def mens_plan(
 def mens_gates(contract: FineTuneContract, plan: ExecutionPlan) -> Sequence[GateVerdict] | None:
     """Add checks of a third party to the plan. Any plugin may implement it; all answers count.
 
+    A backend that answers ``mens_plan`` in a module of its own keeps its gates there too.
+
     Called once per plan, after the core's own gates passed and a kernel was chosen.
 
     Args:

@@ -6,6 +6,7 @@ run:   plan ─▶ preflight ─▶ rows, all ─▶ run directory ─▶ sessio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import attrs
 
 from mens_core.artifacts.tensors import TensorFolder
 from mens_core.backend import Backend
-from mens_core.choice import Choice, Question, choose, fits_memory
+from mens_core.choice import Choice, Question, choice_gates, choose
 from mens_core.config import build_contract
 from mens_core.contract import LABELS, FineTuneContract
 from mens_core.errors import ContractError
@@ -141,7 +142,8 @@ def decide(
         layout=base.layout,
         machine=attrs.evolve(machine, speeds=read_speeds(machine)),
         weights=base.weights,
-        work=lambda changed: rows.workload(changed) if rows else None,
+        # The choice and what is told of it ask for the same workloads.
+        work=functools.cache(lambda asked: rows.workload(asked) if rows else None),
     )
     choice = choose(question, compare=compare)
     contents = base.contents() | (rows.contents() if rows else {})
@@ -168,8 +170,8 @@ def decide(
         limit_bytes=choice.limit_bytes,
         offers=choice.offers,
         not_taken=choice.not_taken,
-        decided=_decided(contract, base, choice, rows),
-        gates=(*asked, *base.gates, *(rows.gates if rows else ()), fits_memory(choice)),
+        decided=_decided(base, choice, question),
+        gates=(*asked, *base.gates, *(rows.gates if rows else ()), *choice_gates(choice)),
         preflight=preflight,
         warnings=_warnings(base),
     )
@@ -192,8 +194,9 @@ def _contract(
     return contract
 
 
-def _decided(contract: FineTuneContract, base: Base, choice: Choice, rows: Rows | None) -> dict[str, Any]:
+def _decided(base: Base, choice: Choice, question: Question) -> dict[str, Any]:
     """What the planner filled in where ``auto`` or nothing was asked for."""
+    contract, work = question.contract, question.work(question.contract)
     compute, method = contract.compute, contract.adapter.method
     filled: dict[str, tuple[object, Any]] = {
         "model": (contract.model.model, base.name),
@@ -205,8 +208,8 @@ def _decided(contract: FineTuneContract, base: Base, choice: Choice, rows: Rows 
         "dtype": (compute.dtype, choice.offer.dtype),
         "max_memory": (compute.max_memory, choice.limit_bytes),
     }
-    if rows:
-        warmup = warmup_for(rows.workload(contract).steps, contract.training.warmup_steps)
+    if work:
+        warmup = warmup_for(work.steps, contract.training.warmup_steps)
         filled["warmup_steps"] = (contract.training.warmup_steps, warmup)
     return {name: value for name, (asked, value) in filled.items() if asked in {None, "auto"}}
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from mens_core.fields import written_size
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -80,7 +82,7 @@ def doctor_text(found: Mapping[str, Any]) -> str:
     lines = [
         f"python     {found['python']} on {found['platform']}",
         f"processor  {found['processor']}, {_many(found['processors'], 'processor')} usable",
-        f"memory     {_gigabytes(found['memory_bytes'])}",
+        f"memory     {written_size(found['memory_bytes'])}",
         f"drivers    of accelerators: {drivers}",
         "",
         table(("package", "version"), [(name, version or "-") for name, version in found["packages"].items()]),
@@ -107,7 +109,7 @@ def _planned(estimate: Mapping[str, Mapping[str, Any]]) -> str:
     memory, pace = estimate["peak_memory_bytes"], estimate["seconds_per_step"]
     parts = []
     if memory["error"] is not None:
-        parts.append(f"{_gigabytes(memory['estimated'])}, measured {memory['error']:+.0%}")
+        parts.append(f"{written_size(memory['estimated'])}, measured {memory['error']:+.0%}")
     if pace["error"] is not None:
         parts.append(f"{pace['estimated']:.3g} s a step, measured {pace['error']:+.0%}")
     return "; ".join(parts)
@@ -116,9 +118,10 @@ def _planned(estimate: Mapping[str, Mapping[str, Any]]) -> str:
 def _memory(plan: Mapping[str, Any]) -> str:
     parts = next(offer for offer in plan["offers"] if offer["kernel"] == plan["execution_kernel"])["memory"]
     if not parts:
-        return f"no estimate; {_gigabytes(plan['limit_bytes'])} may be used"
-    listing = ", ".join(f"{name.replace('_', ' ')} {_gigabytes(size)}" for name, size in parts.items() if size)
-    return f"{_gigabytes(sum(parts.values()))} of {_gigabytes(plan['limit_bytes'])}: {listing}"
+        return f"no estimate; {written_size(plan['limit_bytes'])} may be used"
+    shown = {name.replace("_", " "): size for name, size in parts.items() if size >= 2**20}
+    listing = ", ".join(f"{name} {written_size(size)}" for name, size in shown.items())
+    return f"{written_size(sum(parts.values()))} of {written_size(plan['limit_bytes'])}: {listing}"
 
 
 def _time(plan: Mapping[str, Any]) -> str:
@@ -135,7 +138,7 @@ def _offers_table(offers: Sequence[Mapping[str, Any]]) -> str:
             offer["kernel"],
             offer["device"] or "-",
             offer["dtype"] or "-",
-            _gigabytes(sum(offer["memory"].values())) if offer["memory"] else "-",
+            written_size(sum(offer["memory"].values())) if offer["memory"] else "-",
             f"{offer['seconds_per_step']:.3g}" if offer["seconds_per_step"] is not None else "-",
             offer["reason"] or offer["seconds_source"],
         )
@@ -145,7 +148,9 @@ def _offers_table(offers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _kernel_state(state: Mapping[str, Any]) -> str:
-    return "ready" if state["ready"] else f"{state['obstacle']}: {state['fix']}" if state["fix"] else state["obstacle"]
+    if state["ready"]:
+        return f"ready on {state['device']} in {state['dtype']}, {written_size(state['device_memory_bytes'])}"
+    return f"{state['obstacle']}: {state['fix']}" if state["fix"] else str(state["obstacle"])
 
 
 def _value(value: object) -> str:
@@ -168,7 +173,7 @@ def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
     """What happened and where everything lies, for the end of a run."""
     results = manifest["results"]
     steps, seconds = results["optimizer_steps"], results["train_seconds"]
-    speed, memory = f"{results['tokens_per_sec']:,.0f} tokens/s", _gigabytes(results["peak_memory_bytes"])
+    speed, memory = f"{results['tokens_per_sec']:,.0f} tokens/s", written_size(results["peak_memory_bytes"])
     lines = [
         f"trained {steps} steps on {results['rows']:,} rows with {manifest['execution_kernel']} in {seconds:.1f} s",
         f"speed          {speed}, peak memory {memory}",
@@ -231,7 +236,7 @@ class TrainingView:
             self._progress.start()
 
     def _step(self, payload: Mapping[str, Any]) -> None:
-        memory = _gigabytes(payload["peak_memory_bytes"])
+        memory = written_size(payload["peak_memory_bytes"])
         figures = f"loss {payload['loss']:.4f}  {payload['tokens_per_sec']:,.0f} tokens/s  {memory}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=payload["step"], figures=figures)
@@ -260,7 +265,3 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -170,6 +170,7 @@ def test_the_gates_of_a_plan_are_recorded_in_their_order(fields):
         "lab_tokenizer_fits",
         "train_file_exists",
         "row_fits_positions",
+        "backend_available",
         "fits_memory",
     ]
 
@@ -288,3 +289,62 @@ def test_a_folder_of_400_gigabytes_is_planned_in_under_a_second_and_a_tenth_of_a
     assert plan["candle_proxy_stack_keys_matched"] == 80
     assert seconds < 1
     assert kilobytes < 100_000
+
+
+def _peak(plan):
+    return plan.offer.peak_bytes
+
+
+def test_a_run_that_does_not_fit_the_memory_is_refused_with_changes_that_make_it_fit(corpus_dir, model_dirs, tmp_path):
+    fields = {"model": str(model_dirs["llama"]), "data_dir": corpus_dir, "output_dir": tmp_path / "run"}
+    fields |= {"batch_size": 64, "grad_accum": 1, "rank": 64, "device": "cpu"}
+    plan = Planner().plan(**fields, backend="torch_lora")
+    least = _peak(Planner().plan(**fields | {"batch_size": 1}, backend="torch_lora"))
+    limit = (least + _peak(plan)) // 2
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**fields, backend="torch_lora", max_memory=limit)
+    assert caught.value.codes == ("fits_memory",)
+    text = str(caught.value)
+    assert "torch_lora needs" in text
+    assert all(part in text for part in ("framework", "activations"))
+    ways = [line.strip() for line in text.splitlines() if line.strip().startswith("--")]
+    assert len(ways) == 3
+    assert ways[0].startswith("--batch-size 1 --grad-accum 64")
+    for way in ways:
+        flags = way.partition("  (")[0].split()
+        names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
+        values = [int(value) if value.isdigit() else value for value in flags[1::2]]
+        changed = {"backend": "torch_lora", **fields, **dict(zip(names, values, strict=True))}
+        assert _peak(Planner().plan(**changed, max_memory=limit)) <= limit
+
+
+def test_a_limit_that_nothing_meets_says_so(fields):
+    with pytest.raises(GateError, match="a smaller model, or a machine with more memory"):
+        Planner().plan(**fields, max_memory="1MB")
+
+
+def test_a_backend_too_large_for_the_memory_gives_way_to_one_that_fits_unless_it_was_named(fields):
+    sizes = {name: _peak(Planner().plan(**fields, backend=name)) for name in ("torch", "jax")}
+    assert sizes["torch"] < sizes["jax"]
+    plan = Planner().plan(**fields, compare=True, max_memory=(sizes["torch"] + sizes["jax"]) // 2)
+    assert plan.execution_kernel == "torch_lora"
+    assert plan.not_taken["jax_lora"].startswith("needs ")
+    with pytest.raises(GateError, match="jax_lora needs"):
+        Planner().plan(**fields, backend="jax", max_memory=sizes["torch"])
+
+
+def test_a_share_of_the_memory_is_a_limit_too(fields):
+    plan = Planner().plan(**fields)
+    half = Planner().plan(**fields, max_vram_fraction=0.5)
+    assert half.limit_bytes == pytest.approx(plan.limit_bytes / 2, abs=1)
+    assert half.decided["max_memory"] == half.limit_bytes
+
+
+def test_the_estimate_is_the_offers(fields):
+    plan = Planner().plan(**fields, batch_size=2, grad_accum=2, epochs=2)
+    estimate, work = plan.estimate(), plan.workload
+    assert estimate["peak_memory_bytes"] == sum(plan.offer.memory.values())
+    assert estimate["tokens_per_sec"] == pytest.approx(work.tokens / plan.offer.seconds_per_step)
+    assert estimate["train_seconds"] == pytest.approx(work.steps * plan.offer.seconds_per_step)
+    # Six rows in batches of two, two batches a step, twice.
+    assert (work.rows, work.steps, work.batches) == (6, 4, 1.5)
