@@ -22,6 +22,7 @@ _DECIDED_BY_A_RUN = (
     "model",
     "revision",
     "tokenizer",
+    "tokenizer_json",
     "method",
     "rank",
     "alpha",

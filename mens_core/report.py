@@ -228,6 +228,9 @@ class TrainingView:
             f"({payload['supervised_tokens'] / payload['tokens']:.0%} supervised), "
             f"{payload['planned_steps_total']:,} steps"
         )
+        seconds, peak = payload["estimate"]["train_seconds"], payload["estimate"]["peak_memory_bytes"]
+        if seconds is not None and peak is not None:
+            self._line(f"planned: {written_size(peak)} of memory, {_duration(seconds)} of training")
         for warning in payload["warnings"]:
             self._line(f"warning: {warning}")
         if sys.stdout.isatty():

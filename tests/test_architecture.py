@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,9 @@ def test_no_file_of_ours_is_long():
     sources = [path for folder in ("mens_core", "backends") for path in (ROOT / folder).rglob("*.py")]
     too_long = {str(path): lines for path in sources if (lines := len(path.read_text().splitlines())) > 400}
     assert not too_long
+
+
+def test_the_configuration_page_is_what_the_fields_say():
+    page = runpy.run_path(str(ROOT / "scripts/configuration_page.py"))["page"]
+    current = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    assert current == page(), "python scripts/configuration_page.py writes it anew"

@@ -166,6 +166,7 @@ def _train_start(plan: ExecutionPlan, rows: EncodedRows, held_out: EncodedRows |
         "planned_steps_total": total_steps(len(rows.rows), spec),
         "pairs_loaded": len(rows.rows),
         "held_out_rows": len(held_out.rows) if held_out else 0,
+        "estimate": plan.estimate(),
         "warnings": list(plan.warnings),
         **rows.counters(),
     }
