@@ -7,6 +7,7 @@ compare  every backend with every method is asked, the choice is the same
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
@@ -22,7 +23,7 @@ from mens_core.plugins import installed_backends, load_offers
 __all__ = ["Choice", "Question", "choice_gates", "choose"]
 
 _WAYS_SHOWN = 3
-_SMALL_RANK = 8
+_SMALL_RANK, _SHORTEST = 8, 64
 
 
 @attrs.frozen(kw_only=True)
@@ -182,7 +183,7 @@ def _refusal(question: Question, answers: Sequence[_Answer]) -> GateError:
 
 def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> GateError:
     parts = ", ".join(f"{name} {written_size(size)}" for name, size in offer.memory.items() if size)
-    ways = list(_ways_to_fit(question, backend))[:_WAYS_SHOWN]
+    ways = list(itertools.islice(_ways_to_fit(question, backend), _WAYS_SHOWN))
     listing = "".join(f"\n      {flags}  ({written_size(peak)})" for flags, peak in ways)
     return GateError(
         f"the run does not fit the memory:\n  - [fits_memory] {offer.kernel} {_too_much(question, offer)}",
@@ -193,32 +194,51 @@ def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> G
 
 
 def _ways_to_fit(question: Question, backend: Backend) -> Iterator[tuple[str, int]]:
-    """Changes that make the run fit: (flags, bytes it then needs); single ones first, then more and more together."""
+    """Changes that make the run fit, the fewest and least intrusive first: (flags, bytes it then needs).
+
+    A way that only adds to another one is left out.
+    """
     changes = _changes(question.contract, backend.name)
-    together = [changes[:count] for count in range(2, len(changes) + 1)]
-    for group in (*([change] for change in changes), *together):
-        fields = {name: value for _, change in group for name, value in change.items()}
-        try:
-            offer = question.ask(backend, question.contract.changed("advice", **fields))
-        except DataError:  # rows so short that nothing of them is left to train on are no way to fit
-            continue
-        if offer.feasible and offer.peak_bytes is not None and _too_much(question, offer) is None:
-            yield " ".join(flag for flag, _ in group), offer.peak_bytes
+    everything = {name: value for fields in changes.values() for name, value in fields.items()}
+    if _peak_if_it_fits(question, backend, everything) is None:
+        return
+    found: list[set[str]] = []
+    for count in range(1, len(changes) + 1):
+        for flags in itertools.combinations(changes, count):
+            fields = {name: value for flag in flags for name, value in changes[flag].items()}
+            apart = len(fields) == sum(len(changes[flag]) for flag in flags)
+            if apart and not any(way <= set(flags) for way in found):
+                peak = _peak_if_it_fits(question, backend, fields)
+                if peak is not None:
+                    found.append(set(flags))
+                    yield " ".join(flags), peak
 
 
-def _changes(contract: FineTuneContract, backend: str) -> list[tuple[str, dict[str, object]]]:
-    """Flags and fields that save memory, the least intrusive first."""
+def _peak_if_it_fits(question: Question, backend: Backend, fields: Mapping[str, object]) -> int | None:
+    try:
+        offer = question.ask(backend, question.contract.changed("advice", **fields))
+    except DataError:  # rows so short that nothing of them is left to train on are no way to fit
+        return None
+    return offer.peak_bytes if offer.feasible and _too_much(question, offer) is None else None
+
+
+def _changes(contract: FineTuneContract, backend: str) -> dict[str, dict[str, object]]:
+    """Flags that save memory, the least intrusive first → the fields they set."""
     training, length = contract.training, contract.data.seq_len
-    window, half = training.batch_size * training.grad_accum, max(8, length // 2)
-    changes: list[tuple[str, dict[str, object]]] = []
-    if training.batch_size > 1:
-        changes.append((f"--batch-size 1 --grad-accum {window}", {"batch_size": 1, "grad_accum": window}))
+    changes: dict[str, dict[str, object]] = {}
+    for parts in (2, 4, training.batch_size):
+        # The same rows a step, in smaller batches.
+        if training.batch_size % parts == 0 and parts > 1:
+            batch, accum = training.batch_size // parts, training.grad_accum * parts
+            changes[f"--batch-size {batch} --grad-accum {accum}"] = {"batch_size": batch, "grad_accum": accum}
     if contract.adapter.method == "lora":
-        flag = f"--backend {backend}_qlora"
-        changes.append((flag, {"backend": backend, "method": "qlora", "kernel": None, "base_quant": "auto"}))
+        changes[f"--backend {backend}_qlora"] = {"method": "qlora", "kernel": None, "base_quant": "auto"}
     if contract.compute.dtype != "bfloat16":
-        changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
+        changes["--dtype bfloat16"] = {"dtype": "bfloat16"}
     if contract.adapter.rank > _SMALL_RANK:
-        changes.append((f"--rank {_SMALL_RANK}", {"rank": _SMALL_RANK}))
-    changes.append((f"--seq-len {half} --on-overlong truncate", {"seq_len": half, "on_overlong": "truncate"}))
+        changes[f"--rank {_SMALL_RANK}"] = {"rank": _SMALL_RANK}
+    for shorter in (length // 2, length // 4):
+        if shorter >= _SHORTEST:
+            truncated = {"seq_len": shorter, "on_overlong": "truncate"}
+            changes[f"--seq-len {shorter} --on-overlong truncate"] = truncated
     return changes

@@ -6,7 +6,6 @@ run:   plan ─▶ preflight ─▶ rows, all ─▶ run directory ─▶ sessio
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,8 +141,7 @@ def decide(
         layout=base.layout,
         machine=attrs.evolve(machine, speeds=read_speeds(machine)),
         weights=base.weights,
-        # The choice and what is told of it ask for the same workloads.
-        work=functools.cache(lambda asked: rows.workload(asked) if rows else None),
+        work=lambda asked: rows.sample.workload(asked) if rows else None,
     )
     choice = choose(question, compare=compare)
     contents = base.contents() | (rows.contents() if rows else {})

@@ -12,7 +12,7 @@ from mens_core.artifacts.files import sha256_file
 from mens_core.contract import FineTuneContract
 from mens_core.corpus.data_dir import DataFiles, find_data
 from mens_core.errors import ContractError
-from mens_core.exchange import BaseWeights, GateVerdict, Workload
+from mens_core.exchange import BaseWeights, GateVerdict
 from mens_core.gates import base_gates, data_gates, folder_gates, refuse_failed
 from mens_core.hf.files import find_file, read_json
 from mens_core.hf.hub import find_model, hub_inventory
@@ -85,18 +85,12 @@ class Rows:
     Attributes:
         files: where they are.
         sample: some of them.
-        encoder: of the base's tokenizer.
         gates: what was checked.
     """
 
     files: DataFiles
     sample: RowSample
-    encoder: Encoder
     gates: tuple[GateVerdict, ...]
-
-    def workload(self, contract: FineTuneContract) -> Workload:
-        """What a contract asks to be computed."""
-        return self.sample.workload(contract, self.encoder)
 
     def contents(self) -> dict[str, str]:
         """Sha256 of the files of rows, under names that hold no path."""
@@ -153,7 +147,7 @@ def look_at_rows(contract: FineTuneContract, base: Base) -> Rows:
     files = find_data(contract.data.data_dir)
     gates = data_gates(contract, files.train, base.layout)
     refuse_failed(gates)
-    return Rows(files=files, sample=sample(files.train, contract), encoder=base.encoder, gates=gates)
+    return Rows(files=files, sample=sample(files.train, contract, base.encoder), gates=gates)
 
 
 def _own_tokenizer(contract: FineTuneContract) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import attrs
 
 from mens_core.contract import FineTuneContract
-from mens_core.corpus.rows import Row, read_rows, sample_rows
+from mens_core.corpus.rows import read_rows, sample_rows
 from mens_core.corpus.select import select_rows
 from mens_core.errors import DataError
 from mens_core.exchange import Workload
@@ -56,39 +58,42 @@ def check_enough(path: Path, rows: EncodedRows, least: int) -> None:
         )
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class RowSample:
     """A few rows of a file.
 
     Attributes:
-        rows: those that are not faulty and are to be trained on.
         sampled: how many lines were read.
         faulty: how many of them cannot be used.
         lines: lines of the file.
+        encode: (longest row, what becomes of longer ones) → those of the rows that are trained on, as tokens.
     """
 
-    rows: tuple[Row, ...]
     sampled: int
     faulty: int
     lines: int
+    encode: Callable[[int, str], Sequence[TokenRow]]
 
     @property
     def whole(self) -> bool:
         """Whether these are all rows of the file."""
         return self.sampled == self.lines
 
-    def workload(self, contract: FineTuneContract, encoder: Encoder) -> Workload:
-        """What a run over the file will compute."""
-        data = contract.data
+    def workload(self, contract: FineTuneContract) -> Workload:
+        """What a run over the file will compute.
+
+        Raises:
+            DataError: if no row of the sample is left to train on.
+        """
+        policy = contract.data.on_overlong
         # Whether too many rows are too long is judged on all of them, when they are read.
-        policy = "drop" if data.on_overlong in {"auto", "error"} else data.on_overlong
-        kept: tuple[TokenRow, ...] = encode_rows(self.rows, encoder, seq_len=data.seq_len, on_overlong=policy).rows
+        kept = self.encode(contract.data.seq_len, "drop" if policy in {"auto", "error"} else policy)
         count = max(1, round(self.lines * len(kept) / self.sampled))
         source = "all rows" if self.whole else f"a sample of {self.sampled}"
         return workload(kept, contract.training, num_rows=count, source=source)
 
 
-def sample(path: Path, contract: FineTuneContract) -> RowSample:
+def sample(path: Path, contract: FineTuneContract, encoder: Encoder) -> RowSample:
     """Read a few rows from all over a file.
 
     Raises:
@@ -97,4 +102,9 @@ def sample(path: Path, contract: FineTuneContract) -> RowSample:
     data = contract.data
     rows, faulty, lines = sample_rows(path, _SAMPLED_ROWS)
     selection = select_rows(rows, min_rating=data.min_rating, context_filter=data.context_filter)
-    return RowSample(tuple(selection.rows), len(rows) + faulty, faulty, lines)
+
+    @functools.cache
+    def encode(seq_len: int, policy: str) -> tuple[TokenRow, ...]:
+        return encode_rows(selection.rows, encoder, seq_len=seq_len, on_overlong=policy).rows
+
+    return RowSample(sampled=len(rows) + faulty, faulty=faulty, lines=lines, encode=encode)
