@@ -213,7 +213,7 @@ def test_what_the_graph_cannot_do_is_refused_with_its_reason(backend, folders, f
         layout, config=config, model_type=config["model_type"], family=layout.family if known else None
     )
     contract = FineTuneContract.from_fields(trains=False, model="m", device="cpu")
-    offer = backend.plan(contract, layout, tiny.MACHINE)
+    offer = backend.plan(contract, layout, tiny.MACHINE, tiny.WEIGHTS, None)
     assert not offer.feasible
     assert word in offer.reason
 
