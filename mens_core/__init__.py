@@ -18,24 +18,18 @@ if TYPE_CHECKING:
     from mens_core.doctor import examine
     from mens_core.errors import MensError
     from mens_core.exchange import (
-        BaseWeights,
         Batch,
         BatchShape,
-        ExecutionPlan,
-        GateVerdict,
         GenerateSettings,
-        KernelOffer,
-        Machine,
         NF4Spec,
         QuantizedWeight,
-        Speed,
         StepMetrics,
         TrainingState,
-        Workload,
     )
     from mens_core.generation import generate
     from mens_core.hookspecs import hookimpl
     from mens_core.measuring import measure_speeds
+    from mens_core.plan import BaseWeights, ExecutionPlan, GateVerdict, KernelOffer, Machine, Speed, Workload
     from mens_core.planner import Planner
     from mens_core.plugins import BackendInfo, installed_backends
     from mens_core.random_model import write_random_model
@@ -43,24 +37,24 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BackendInfo": "plugins",
-    "BaseWeights": "exchange",
+    "BaseWeights": "plan",
     "Batch": "exchange",
     "BatchShape": "exchange",
-    "ExecutionPlan": "exchange",
+    "ExecutionPlan": "plan",
     "FineTuneContract": "contract",
-    "GateVerdict": "exchange",
+    "GateVerdict": "plan",
     "GenerateSettings": "exchange",
-    "KernelOffer": "exchange",
-    "Machine": "exchange",
+    "KernelOffer": "plan",
+    "Machine": "plan",
     "MensError": "errors",
     "NF4Spec": "exchange",
     "Planner": "planner",
     "QuantizedWeight": "exchange",
     "RunResult": "training.run",
-    "Speed": "exchange",
+    "Speed": "plan",
     "StepMetrics": "exchange",
     "TrainingState": "exchange",
-    "Workload": "exchange",
+    "Workload": "plan",
     "examine": "doctor",
     "generate": "generation",
     "hookimpl": "hookspecs",

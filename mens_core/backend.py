@@ -17,23 +17,9 @@ from numpy.typing import NDArray
 
 from mens_core.contract import FineTuneContract
 from mens_core.errors import HookContractError
-from mens_core.exchange import (
-    MEMORY_PARTS,
-    BaseWeights,
-    Batch,
-    BatchShape,
-    ExecutionPlan,
-    GateVerdict,
-    GenerateSettings,
-    KernelOffer,
-    Machine,
-    NF4Spec,
-    QuantizedWeight,
-    StepMetrics,
-    TrainingState,
-    Workload,
-)
+from mens_core.exchange import Batch, BatchShape, GenerateSettings, NF4Spec, QuantizedWeight, StepMetrics, TrainingState
 from mens_core.hf.layout import Layout
+from mens_core.plan import MEMORY_PARTS, BaseWeights, ExecutionPlan, GateVerdict, KernelOffer, Machine, Workload
 
 __all__ = ["Backend"]
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mens_core.contract import FineTuneContract
-from mens_core.exchange import BaseWeights, NF4Spec, Speed, Workload
+from mens_core.exchange import NF4Spec
 from mens_core.hf.layout import Layout
+from mens_core.plan import BaseWeights, Speed, Workload
 from mens_core.sections import AdapterSpec
 
 __all__ = [

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mens_core.contract import LABELS, FineTuneContract
 from mens_core.errors import GateError
-from mens_core.exchange import GateVerdict
 from mens_core.hf.layout import Layout
+from mens_core.plan import GateVerdict
 from mens_core.text.lab import VOCABULARY_TOKENS
 
 __all__ = ["base_gates", "contract_gates", "data_gates", "folder_gates", "refuse_failed"]

@@ -3,7 +3,8 @@
 A backend is a module (or object) whose functions carry ``@hookimpl`` and bear the names below. One backend is
 loaded per run. An implementation may take fewer arguments than its specification, never others. The core calls
 through typed wrappers (``mens_core.plugins``), which turn a missing, wrongly typed, wrongly shaped or non-finite
-answer into a ``HookContractError`` naming the plugin. Records are defined in ``mens_core.exchange``.
+answer into a ``HookContractError`` naming the plugin. Records are defined in ``mens_core.plan`` and
+``mens_core.exchange``.
 
 Set ``MENS_TRACE_HOOKS=1`` to see every call.
 """
@@ -22,21 +23,16 @@ if TYPE_CHECKING:
 
     from mens_core.contract import FineTuneContract
     from mens_core.exchange import (
-        BaseWeights,
         Batch,
         BatchShape,
-        ExecutionPlan,
-        GateVerdict,
         GenerateSettings,
-        KernelOffer,
-        Machine,
         NF4Spec,
         QuantizedWeight,
         StepMetrics,
         TrainingState,
-        Workload,
     )
     from mens_core.hf.layout import Layout
+    from mens_core.plan import BaseWeights, ExecutionPlan, GateVerdict, KernelOffer, Machine, Workload
 
 __all__ = ["hookimpl", "hookspec"]
 

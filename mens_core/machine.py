@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from mens_core.exchange import Machine
+from mens_core.plan import Machine
 
 __all__ = ["this_machine"]
 

@@ -18,9 +18,9 @@ from mens_core.choice import Choice, Question, choice_gates, choose
 from mens_core.config import build_contract
 from mens_core.contract import LABELS, FineTuneContract
 from mens_core.errors import ContractError
-from mens_core.exchange import ExecutionPlan, GateVerdict
 from mens_core.gates import contract_gates, refuse_failed
 from mens_core.machine import this_machine
+from mens_core.plan import ExecutionPlan, GateVerdict
 from mens_core.plugins import load_backend
 from mens_core.preflight import (
     coverage_warning,

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.tensors import TensorFolder
-from mens_core.exchange import GateVerdict
 from mens_core.hf.blocks import inventory_names, missing_middle_keys_report, ordered_middle_projection_keys
 from mens_core.hf.families import REGISTRY
 from mens_core.hf.fit import MISFITS, misfits
 from mens_core.hf.inventory import Coverage, Inventory, middle_coverage
 from mens_core.hf.layout import Layout
+from mens_core.plan import GateVerdict
 from mens_core.training.data import RowSample
 
 __all__ = [

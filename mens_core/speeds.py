@@ -17,7 +17,7 @@ from typing import Any
 
 from mens_core.atomic import replacing
 from mens_core.contract import kernel_parts
-from mens_core.exchange import Machine, Speed
+from mens_core.plan import Machine, Speed
 from mens_core.plugins import installed_backends
 
 __all__ = ["conditions", "read_speeds", "speeds_file", "store_speed"]

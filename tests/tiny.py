@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from mens_core.contract import FineTuneContract
-from mens_core.exchange import IGNORE, BaseWeights, Batch, BatchShape, ExecutionPlan, Machine, NF4Spec
+from mens_core.exchange import IGNORE, Batch, BatchShape, NF4Spec
 from mens_core.hf.inventory import middle_coverage
 from mens_core.hf.layout import read_layout
+from mens_core.plan import BaseWeights, ExecutionPlan, Machine
 
 VOCABULARY = 97
 SHAPE = BatchShape(rows=8, tokens=64, longest_row=24, supervised=64, batches=8)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from mens_core.artifacts.files import write_json
 from mens_core.artifacts.tensors import read_tensors, write_tensors
 from mens_core.errors import ModelError
-from mens_core.exchange import ExecutionPlan, TrainingState
+from mens_core.exchange import TrainingState
+from mens_core.plan import ExecutionPlan
 
 __all__ = [
     "ADAPTER_CONFIG",

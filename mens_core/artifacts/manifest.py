@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mens_core.artifacts.files import write_json
-from mens_core.exchange import ExecutionPlan
+from mens_core.plan import ExecutionPlan
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "utc_now"]
 

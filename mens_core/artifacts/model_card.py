@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mens_core.exchange import ExecutionPlan
+from mens_core.plan import ExecutionPlan
 
 __all__ = ["model_card"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mens_core.exchange import Workload
+from mens_core.plan import Workload
 from mens_core.sections import TrainingSpec
 from mens_core.text.encode import TokenRow
 from mens_core.text.pack import run_shape, steps_per_epoch, total_steps

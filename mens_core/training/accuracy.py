@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mens_core.exchange import ExecutionPlan
+from mens_core.plan import ExecutionPlan
 
 __all__ = ["beside_measured"]
 

@@ -12,7 +12,7 @@ from mens_core.contract import FineTuneContract
 from mens_core.corpus.rows import read_rows, sample_rows
 from mens_core.corpus.select import select_rows
 from mens_core.errors import DataError
-from mens_core.exchange import Workload
+from mens_core.plan import Workload
 from mens_core.text.encode import EncodedRows, Encoder, TokenRow, encode_rows
 from mens_core.text.workload import workload
 

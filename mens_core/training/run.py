@@ -19,8 +19,8 @@ from mens_core.artifacts.manifest import Manifest
 from mens_core.artifacts.model_card import model_card
 from mens_core.artifacts.rundir import RunDirectory
 from mens_core.backend import Backend
-from mens_core.exchange import ExecutionPlan
 from mens_core.hf.inventory import read_inventory
+from mens_core.plan import ExecutionPlan
 from mens_core.text.encode import EncodedRows, Encoder, open_tokenizer
 from mens_core.text.pack import run_shape, total_steps
 from mens_core.training.accuracy import beside_measured

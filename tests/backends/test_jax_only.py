@@ -126,7 +126,8 @@ from pathlib import Path
 sys.modules["torch"] = None  # whoever imports it now fails
 from mens_core.plugins import load_backend
 from mens_core.contract import FineTuneContract
-from mens_core.exchange import BaseWeights, ExecutionPlan, BatchShape, GenerateSettings
+from mens_core.exchange import BatchShape, GenerateSettings
+from mens_core.plan import BaseWeights, ExecutionPlan
 from mens_core.hf.inventory import middle_coverage
 from mens_core.hf.layout import read_layout
 import numpy as np

@@ -11,9 +11,10 @@ import tiny
 from mens_core.artifacts.tensors import open_tensors
 from mens_core.contract import FineTuneContract
 from mens_core.costs import COSTS
-from mens_core.exchange import MEMORY_PARTS, BaseWeights, BatchShape, Speed, Workload
+from mens_core.exchange import BatchShape
 from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import read_layout
+from mens_core.plan import MEMORY_PARTS, BaseWeights, Speed, Workload
 
 WORK = Workload(
     shape=BatchShape(rows=2, tokens=512, longest_row=256, supervised=160, batches=1),

@@ -23,10 +23,11 @@ from mens_core.costs import (
     step_costs,
     step_seconds,
 )
-from mens_core.exchange import BaseWeights, BatchShape, NF4Spec, Speed, Workload
+from mens_core.exchange import BatchShape, NF4Spec
 from mens_core.hf.keymap import linear_shapes, tensor_shapes
 from mens_core.hf.layout import Layout
 from mens_core.measuring import fit_seconds
+from mens_core.plan import BaseWeights, Speed, Workload
 from mens_core.speeds import conditions, read_speeds, store_speed
 
 LAYOUT = Layout(
@@ -45,6 +46,9 @@ LAYOUT = Layout(
     attention_bias=False,
     output_bias=False,
     mlp_bias=False,
+    architectures=("LlamaForCausalLM",),
+    layer_types=("full_attention", "full_attention"),
+    linear=None,
     config={},
 )
 PARAMETERS = sum(math.prod(shape) for shape in tensor_shapes(LAYOUT).values())

@@ -3,6 +3,6 @@
 The core reaches ``offer`` when it plans and ``hooks`` when it runs; all else hangs below them, private modules in
 brackets::
 
-    hooks ─▶ decode, step ─▶ model ─▶ lora, quant, loss, attention, weights ─▶ device
-                             (_blocks)         (_packing, _arrays)
+    hooks ─▶ decode, step ─▶ model ─▶ lora, quant, loss, attention, weights ─▶ device, memory
+                             (_blocks)         (_packing, _sizes, _arrays)
 """

@@ -7,7 +7,7 @@ backend asks for the highest (``_arrays.dot``), so float32 here means float32.
 from __future__ import annotations
 
 from mens_core.errors import ContractError
-from mens_core.exchange import Machine
+from mens_core.plan import Machine
 
 __all__ = ["capacity", "pick_device", "pick_dtype"]
 

@@ -8,17 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from mens_core.exchange import (
-    Batch,
-    BatchShape,
-    ExecutionPlan,
-    GenerateSettings,
-    NF4Spec,
-    QuantizedWeight,
-    StepMetrics,
-    TrainingState,
-)
+from mens_core.exchange import Batch, BatchShape, GenerateSettings, NF4Spec, QuantizedWeight, StepMetrics, TrainingState
 from mens_core.hookspecs import hookimpl
+from mens_core.plan import ExecutionPlan
 from mens_jax import decode, lora, quant, step
 
 __all__ = [

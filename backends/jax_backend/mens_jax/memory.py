@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
 from mens_core.costs import standing_memory
-from mens_core.exchange import BaseWeights, Workload
 from mens_core.hf.layout import Layout
+from mens_core.plan import BaseWeights, Workload
 from mens_jax._sizes import Buckets, has_room, logits_chunk
 
 __all__ = ["memory_parts"]

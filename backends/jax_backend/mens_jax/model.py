@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mens_core.exchange import ExecutionPlan
 from mens_core.hf.keymap import linear_shapes
+from mens_core.plan import ExecutionPlan
 from mens_jax._arrays import dot
 from mens_jax._blocks import Gpt2Decoder, LlamaDecoder, scan_blocks
 from mens_jax._names import stacked_name

@@ -30,7 +30,8 @@ from jax.flatten_util import ravel_pytree
 from numpy.typing import NDArray
 
 from mens_core.errors import DataError, ModelError
-from mens_core.exchange import Batch, BatchShape, ExecutionPlan, StepMetrics, TrainingState
+from mens_core.exchange import Batch, BatchShape, StepMetrics, TrainingState
+from mens_core.plan import ExecutionPlan
 from mens_jax._adamw import Trained, adamw
 from mens_jax._arrays import device_named, take
 from mens_jax._names import stacked_name

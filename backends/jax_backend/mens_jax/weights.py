@@ -20,9 +20,10 @@ from jax import Array
 
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.errors import ModelError
-from mens_core.exchange import ExecutionPlan, NF4Spec
+from mens_core.exchange import NF4Spec
 from mens_core.hf.fit import HEAD, misfits
 from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
+from mens_core.plan import ExecutionPlan
 from mens_jax._arrays import device_named
 from mens_jax._names import stacked_name
 from mens_jax.quant import NF4Weight, quantize

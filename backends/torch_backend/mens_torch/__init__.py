@@ -2,5 +2,5 @@
 
 The core reaches ``offer`` when it plans and ``hooks`` when it runs; everything else hangs below them::
 
-    hooks ─▶ decode, step ─▶ model ─▶ lora, quant, loss, attention, weights ─▶ device
+    hooks ─▶ decode, step ─▶ model ─▶ lora, quant, loss, attention, weights ─▶ device, memory
 """

@@ -8,17 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mens_core.exchange import (
-    Batch,
-    BatchShape,
-    ExecutionPlan,
-    GenerateSettings,
-    NF4Spec,
-    QuantizedWeight,
-    StepMetrics,
-    TrainingState,
-)
+from mens_core.exchange import Batch, BatchShape, GenerateSettings, NF4Spec, QuantizedWeight, StepMetrics, TrainingState
 from mens_core.hookspecs import hookimpl
+from mens_core.plan import ExecutionPlan
 from mens_torch import decode, lora, quant, step
 
 __all__ = [

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
 from mens_core.costs import adapted_linears, standing_memory
-from mens_core.exchange import BaseWeights, Workload
 from mens_core.hf.layout import Layout
+from mens_core.plan import BaseWeights, Workload
 
 __all__ = ["memory_parts"]
 
@@ -36,8 +36,8 @@ _CHUNK, _ROWS_IN_CACHE = 256, 16
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
 _HOLES, _SHORT_LIVED = {True: 0.10, False: 0.33}, {True: 3, False: 6}
 _SCRATCH = 16 * _MIB
-# Dense weights of a layer that come and go as NF4 is brought back, holes included.
-_BROUGHT_BACK = 3
+# Layers' dense weights in short-lived memory: NF4 brought back, and what making it left on the heap.
+_BROUGHT_BACK = 4
 
 
 def memory_parts(

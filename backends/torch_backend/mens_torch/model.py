@@ -26,7 +26,8 @@ from torch.nn import functional
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from mens_core.exchange import ExecutionPlan, NF4Spec
+from mens_core.exchange import NF4Spec
+from mens_core.plan import ExecutionPlan
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch.lora import LoraLinear, select_targets
 from mens_torch.quant import quantize

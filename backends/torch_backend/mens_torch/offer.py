@@ -7,9 +7,9 @@ import attrs
 from mens_core.contract import FineTuneContract
 from mens_core.costs import step_costs, step_seconds
 from mens_core.errors import ContractError
-from mens_core.exchange import BaseWeights, KernelOffer, Machine, Speed, Workload
 from mens_core.hf.layout import Layout
 from mens_core.hookspecs import hookimpl
+from mens_core.plan import BaseWeights, KernelOffer, Machine, Speed, Workload
 from mens_torch.device import capacity, pick_device, pick_dtype
 from mens_torch.memory import memory_parts
 

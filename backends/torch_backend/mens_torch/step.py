@@ -24,7 +24,8 @@ from torch import Tensor as Array
 from torch.nn import functional
 
 from mens_core.errors import ContractError, DataError, ModelError
-from mens_core.exchange import IGNORE, Batch, BatchShape, ExecutionPlan, StepMetrics, TrainingState
+from mens_core.exchange import IGNORE, Batch, BatchShape, StepMetrics, TrainingState
+from mens_core.plan import ExecutionPlan
 from mens_torch.loss import supervised_loss
 from mens_torch.model import Model, hidden_states, load_model, logits
 

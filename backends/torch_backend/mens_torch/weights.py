@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from mens_core.errors import ModelError
-from mens_core.exchange import ExecutionPlan
+from mens_core.plan import ExecutionPlan
 
 __all__ = ["load_base"]
 
