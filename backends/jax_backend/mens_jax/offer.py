@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from mens_core.contract import FineTuneContract
-from mens_core.costs import step_costs, step_seconds
+from mens_core.costs import COSTS, step_costs, step_seconds
 from mens_core.errors import ContractError
 from mens_core.hf.layout import Layout
 from mens_core.hookspecs import hookimpl
@@ -20,87 +20,16 @@ __all__ = ["mens_plan", "unsupported"]
 # Seconds per unit of each of ``costs.COSTS``. cpu: one core of a server of 2024 (AVX-512), as ``measuring`` found them,
 # divided by the cores below; in bfloat16 XLA's products are float32's there. cuda: nobody measured; about half of what
 # the data sheet of an accelerator of 2023 promises, and a fifth of a millisecond for the launches of a layer.
-_TYPICAL: dict[str, dict[str, float]] = {
-    "jax_lora cpu bfloat16": {
-        "products": 1.07e-11,
-        "adapter": 1.26e-11,
-        "attention": 1.05e-11,
-        "elementwise": 1.3e-09,
-        "logits": 2.5e-09,
-        "weights": 1.4e-09,
-        "layers": 0.0002,
-        "updates": 3e-09,
-    },
-    "jax_lora cpu float32": {
-        "products": 1.07e-11,
-        "adapter": 1.26e-11,
-        "attention": 1.05e-11,
-        "elementwise": 1.3e-09,
-        "logits": 2.5e-09,
-        "weights": 7e-10,
-        "layers": 0.0002,
-        "updates": 3e-09,
-    },
-    "jax_lora cuda bfloat16": {
-        "products": 4e-15,
-        "adapter": 1e-14,
-        "attention": 8e-15,
-        "elementwise": 2e-12,
-        "logits": 2e-11,
-        "weights": 2e-12,
-        "layers": 0.0002,
-        "updates": 2e-11,
-    },
-    "jax_lora cuda float32": {
-        "products": 4e-14,
-        "adapter": 6e-14,
-        "attention": 6e-14,
-        "elementwise": 4e-12,
-        "logits": 2e-11,
-        "weights": 4e-12,
-        "layers": 0.0002,
-        "updates": 2e-11,
-    },
-    "jax_qlora cpu bfloat16": {
-        "products": 1.07e-11,
-        "adapter": 1.26e-11,
-        "attention": 1.05e-11,
-        "elementwise": 1.3e-09,
-        "logits": 2.5e-09,
-        "weights": 2.1e-09,
-        "layers": 0.0002,
-        "updates": 3e-09,
-    },
-    "jax_qlora cpu float32": {
-        "products": 1.07e-11,
-        "adapter": 1.26e-11,
-        "attention": 1.05e-11,
-        "elementwise": 1.3e-09,
-        "logits": 2.5e-09,
-        "weights": 1.4e-09,
-        "layers": 0.0002,
-        "updates": 3e-09,
-    },
-    "jax_qlora cuda bfloat16": {
-        "products": 4e-15,
-        "adapter": 1e-14,
-        "attention": 8e-15,
-        "elementwise": 2e-12,
-        "logits": 2e-11,
-        "weights": 4e-12,
-        "layers": 0.0002,
-        "updates": 2e-11,
-    },
-    "jax_qlora cuda float32": {
-        "products": 4e-14,
-        "adapter": 6e-14,
-        "attention": 6e-14,
-        "elementwise": 4e-12,
-        "logits": 2e-11,
-        "weights": 8e-12,
-        "layers": 0.0002,
-        "updates": 2e-11,
-    },
+_TYPICAL = {
+    # products, adapter, attention, elementwise, logits, weights, layers, updates
+    "jax_lora cpu bfloat16": (1.07e-11, 1.26e-11, 1.05e-11, 1.3e-09, 2.5e-09, 1.4e-09, 0.0002, 3e-09),
+    "jax_lora cpu float32": (1.07e-11, 1.26e-11, 1.05e-11, 1.3e-09, 2.5e-09, 7e-10, 0.0002, 3e-09),
+    "jax_qlora cpu bfloat16": (1.07e-11, 1.26e-11, 1.05e-11, 1.3e-09, 2.5e-09, 2.1e-09, 0.0002, 3e-09),
+    "jax_qlora cpu float32": (1.07e-11, 1.26e-11, 1.05e-11, 1.3e-09, 2.5e-09, 1.4e-09, 0.0002, 3e-09),
+    "jax_lora cuda bfloat16": (4e-15, 1e-14, 8e-15, 2e-12, 2e-11, 2e-12, 0.0002, 2e-11),
+    "jax_lora cuda float32": (4e-14, 6e-14, 6e-14, 4e-12, 2e-11, 4e-12, 0.0002, 2e-11),
+    "jax_qlora cuda bfloat16": (4e-15, 1e-14, 8e-15, 2e-12, 2e-11, 4e-12, 0.0002, 2e-11),
+    "jax_qlora cuda float32": (4e-14, 6e-14, 6e-14, 4e-12, 2e-11, 8e-12, 0.0002, 2e-11),
 }
 _SOURCES = {
     True: "a table of one core of another CPU; measure with: python -m mens_core doctor --measure",
@@ -156,4 +85,6 @@ def _typical(kernel: str, device: str, dtype: str, machine: Machine) -> Speed:
     on_cpu = device == "cpu"
     seconds = _TYPICAL[f"{kernel} {device.partition(':')[0]} {dtype}"]
     cores = machine.cpu_count if on_cpu else 1
-    return Speed(seconds={name: value / cores for name, value in seconds.items()}, source=_SOURCES[on_cpu])
+    return Speed(
+        seconds={name: value / cores for name, value in zip(COSTS, seconds, strict=True)}, source=_SOURCES[on_cpu]
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from mens_core.contract import FineTuneContract
-from mens_core.costs import step_costs, step_seconds
+from mens_core.costs import COSTS, step_costs, step_seconds
 from mens_core.errors import ContractError
 from mens_core.hf.layout import Layout
 from mens_core.hookspecs import hookimpl
@@ -18,87 +18,16 @@ __all__ = ["mens_plan", "unsupported"]
 # Seconds per unit of each of ``costs.COSTS``. cpu: one core of a server of 2024 (AVX-512, bfloat16 products), as
 # ``measuring`` found them, divided by the cores below. cuda: nobody measured; about half of what the data sheet of an
 # accelerator of 2023 promises, and a millisecond for the launches of a layer.
-_TYPICAL: dict[str, dict[str, float]] = {
-    "torch_lora cpu bfloat16": {
-        "products": 4.9e-12,
-        "adapter": 9e-12,
-        "attention": 6e-12,
-        "elementwise": 1.6e-09,
-        "logits": 2.5e-09,
-        "weights": 6e-10,
-        "layers": 0.001,
-        "updates": 5e-09,
-    },
-    "torch_lora cpu float32": {
-        "products": 9.8e-12,
-        "adapter": 9e-12,
-        "attention": 8e-12,
-        "elementwise": 1.8e-09,
-        "logits": 2.5e-09,
-        "weights": 6e-10,
-        "layers": 0.001,
-        "updates": 5e-09,
-    },
-    "torch_lora cuda bfloat16": {
-        "products": 4e-15,
-        "adapter": 1e-14,
-        "attention": 8e-15,
-        "elementwise": 2e-12,
-        "logits": 2e-11,
-        "weights": 2e-12,
-        "layers": 0.001,
-        "updates": 2e-11,
-    },
-    "torch_lora cuda float32": {
-        "products": 4e-14,
-        "adapter": 6e-14,
-        "attention": 6e-14,
-        "elementwise": 4e-12,
-        "logits": 2e-11,
-        "weights": 4e-12,
-        "layers": 0.001,
-        "updates": 2e-11,
-    },
-    "torch_qlora cpu bfloat16": {
-        "products": 4.9e-12,
-        "adapter": 9e-12,
-        "attention": 6e-12,
-        "elementwise": 1.6e-09,
-        "logits": 2.5e-09,
-        "weights": 8e-10,
-        "layers": 0.0014,
-        "updates": 5e-09,
-    },
-    "torch_qlora cpu float32": {
-        "products": 9.8e-12,
-        "adapter": 9e-12,
-        "attention": 8e-12,
-        "elementwise": 1.8e-09,
-        "logits": 2.5e-09,
-        "weights": 8e-10,
-        "layers": 0.0014,
-        "updates": 5e-09,
-    },
-    "torch_qlora cuda bfloat16": {
-        "products": 4e-15,
-        "adapter": 1e-14,
-        "attention": 8e-15,
-        "elementwise": 2e-12,
-        "logits": 2e-11,
-        "weights": 4e-12,
-        "layers": 0.001,
-        "updates": 2e-11,
-    },
-    "torch_qlora cuda float32": {
-        "products": 4e-14,
-        "adapter": 6e-14,
-        "attention": 6e-14,
-        "elementwise": 4e-12,
-        "logits": 2e-11,
-        "weights": 8e-12,
-        "layers": 0.001,
-        "updates": 2e-11,
-    },
+_TYPICAL = {
+    # products, adapter, attention, elementwise, logits, weights, layers, updates
+    "torch_lora cpu bfloat16": (4.9e-12, 9e-12, 6e-12, 1.6e-09, 2.5e-09, 6e-10, 0.001, 5e-09),
+    "torch_lora cpu float32": (9.8e-12, 9e-12, 8e-12, 1.8e-09, 2.5e-09, 6e-10, 0.001, 5e-09),
+    "torch_qlora cpu bfloat16": (4.9e-12, 9e-12, 6e-12, 1.6e-09, 2.5e-09, 8e-10, 0.0014, 5e-09),
+    "torch_qlora cpu float32": (9.8e-12, 9e-12, 8e-12, 1.8e-09, 2.5e-09, 8e-10, 0.0014, 5e-09),
+    "torch_lora cuda bfloat16": (4e-15, 1e-14, 8e-15, 2e-12, 2e-11, 2e-12, 0.001, 2e-11),
+    "torch_lora cuda float32": (4e-14, 6e-14, 6e-14, 4e-12, 2e-11, 4e-12, 0.001, 2e-11),
+    "torch_qlora cuda bfloat16": (4e-15, 1e-14, 8e-15, 2e-12, 2e-11, 4e-12, 0.001, 2e-11),
+    "torch_qlora cuda float32": (4e-14, 6e-14, 6e-14, 4e-12, 2e-11, 8e-12, 0.001, 2e-11),
 }
 _SOURCES = {
     True: "a table of one core of another CPU; measure with: python -m mens_core doctor --measure",
@@ -157,4 +86,6 @@ def _typical(kernel: str, device: str, dtype: str, machine: Machine) -> Speed:
     on_cpu = device == "cpu"
     seconds = _TYPICAL[f"{kernel} {device.partition(':')[0]} {dtype}"]
     cores = machine.cpu_count if on_cpu else 1
-    return Speed(seconds={name: value / cores for name, value in seconds.items()}, source=_SOURCES[on_cpu])
+    return Speed(
+        seconds={name: value / cores for name, value in zip(COSTS, seconds, strict=True)}, source=_SOURCES[on_cpu]
+    )
