@@ -33,7 +33,7 @@ _CUDA_FRAMEWORK = 600 * _MIB
 def memory_parts(
     contract: FineTuneContract, layout: Layout, weights: BaseWeights, workload: Workload, device: str, dtype: str
 ) -> dict[str, int]:
-    """Bytes by part, out of ``exchange.MEMORY_PARTS``; the sum is the highest demand on the device.
+    """Bytes by part, out of ``plan.MEMORY_PARTS``; the sum is the highest demand on the device.
 
     Args:
         contract: what is asked for.

@@ -4,7 +4,8 @@ What a layer keeps for the backward pass, in numbers a token, follows from ``lor
 checked against the tensors autograd saves (equal to the last one for GPT-2, Llama and Qwen3). D width, F feed-forward
 width, H query and K key/value heads of width E, R rank::
 
-    norms      4 D                   what goes into each of the two, and what comes out, which its linears share
+    norms      4 D                   what goes into each of the two, and what comes out, which its linears share;
+                                     Gemma has four norms, and so 2 D more
     attention  2 H·E + 2 K·E + H·E   query, key, value, output, and the output laid end to end
                H·E + K·E             Qwen3: query and key before their norms
     GPT-2      2 F                   before the activation function and behind it
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
 from mens_core.costs import adapted_linears, standing_memory
+from mens_core.hf.families import REGISTRY
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
 
@@ -43,7 +45,7 @@ _BROUGHT_BACK = 4
 def memory_parts(
     contract: FineTuneContract, layout: Layout, weights: BaseWeights, workload: Workload, device: str, dtype: str
 ) -> dict[str, int]:
-    """Bytes by part, out of ``exchange.MEMORY_PARTS``; the sum is the highest demand on the device.
+    """Bytes by part, out of ``plan.MEMORY_PARTS``; the sum is the highest demand on the device.
 
     Args:
         contract: what is asked for.
@@ -80,7 +82,8 @@ def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     gpt2 = layout.family == "gpt2"
     # An RMS norm keeps a float32 copy of what goes in.
     wide = width if gpt2 else 4
-    block = 2 * wide * layout.hidden_size + width * (
+    norms = 2 if layout.family is None else len(REGISTRY[layout.family].norms)
+    block = norms * wide * layout.hidden_size + width * (
         2 * query + 2 * key + (1 if gpt2 else 3) * layout.intermediate_size
     )
     block += wide * (query + key) if layout.family == "qwen3" else 0
@@ -97,8 +100,13 @@ def _inputs(layout: Layout) -> list[tuple[tuple[str, ...], int]]:
     width, inner, query = layout.hidden_size, layout.intermediate_size, layout.num_heads * layout.head_dim
     if layout.family == "gpt2":
         return [((".c_attn",), width), ((".attn.c_proj",), width), ((".c_fc",), width), ((".mlp.c_proj",), inner)]
-    shared = (".q_proj", ".k_proj", ".v_proj"), (".gate_proj", ".up_proj")
-    return [(shared[0], width), ((".o_proj",), query), (shared[1], width), ((".down_proj",), inner)]
+    attention = (".q_proj", ".k_proj", ".v_proj", ".qkv_proj", ".in_proj_qkv", ".in_proj_z")
+    return [
+        (attention, width),
+        ((".o_proj", ".out_proj"), query),
+        ((".gate_proj", ".up_proj", ".gate_up_proj"), width),
+        ((".down_proj",), inner),
+    ]
 
 
 def _loading(contract: FineTuneContract, weights: BaseWeights, width: int, parts: dict[str, int]) -> int:
