@@ -1,7 +1,7 @@
 """The planner's gates: what must hold before the first weight is read, each with a code that never changes.
 
     of the contract alone      nf4_requires_qlora, qlora_requires_nf4, mobile_edge_*, forced_kernel_agrees
-    of the base's folder       config_json_exists, tokenizer_exists, lab_tokenizer_fits
+    of the base's folder       config_json_exists, base_is_no_adapter, tokenizer_exists, lab_tokenizer_fits
     of the rows                train_file_exists, row_fits_positions
     of the chosen kernel       backend_available, fits_memory (mens_core.choice)
 
@@ -52,6 +52,12 @@ def folder_gates(model_dir: Path) -> tuple[GateVerdict, ...]:
             passed=(model_dir / "config.json").is_file(),
             message=f"config.json in {model_dir}, needed for architecture validation",
             fix="point --model at a folder saved by transformers' save_pretrained",
+        ),
+        GateVerdict(
+            code="base_is_no_adapter",
+            passed=not (model_dir / "adapter_config.json").exists(),
+            message=f"a base, and no adapter, in {model_dir}",
+            fix="point --model at the base that the adapter was trained on",
         ),
     )
 

@@ -135,6 +135,14 @@ def test_a_folder_without_config_json_is_refused_for_want_of_architecture_valida
     assert "architecture validation" in str(caught.value)
 
 
+def test_an_adapter_given_for_a_base_is_refused(fields, tmp_path):
+    folder = folders.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**{**fields, "model": str(folder)})
+    assert caught.value.codes == ("base_is_no_adapter",)
+
+
 def test_a_model_without_a_tokenizer_is_refused_and_a_file_named_apart_serves(fields, tmp_path):
     folder = folders.qwen2_folder(tmp_path / "m", hidden=8, heads=2, layers=1, vocab=10)
     (folder / "tokenizer.json").rename(tmp_path / "elsewhere.json")
@@ -166,6 +174,7 @@ def test_the_gates_of_a_plan_are_recorded_in_their_order(fields):
         "qlora_requires_nf4",
         "forced_kernel_agrees",
         "config_json_exists",
+        "base_is_no_adapter",
         "tokenizer_exists",
         "lab_tokenizer_fits",
         "train_file_exists",
