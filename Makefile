@@ -22,7 +22,7 @@ demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and a
 bench: $(VENV)/.dev          ## the measurements of benchmarks/README.md
 	$(BIN)/python benchmarks/training_step.py
 
-bench-plans: $(VENV)/.dev    ## what a plan says against what a run takes, a quarter of an hour
+bench-plans: $(VENV)/.dev    ## what a plan says against what a run takes, twenty minutes
 	$(BIN)/python benchmarks/plan_accuracy.py
 
 $(VENV)/.torch: pyproject.toml constraints.txt
