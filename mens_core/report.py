@@ -54,7 +54,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         ("kernel", f"{plan['execution_kernel']} on {plan['device']} in {plan['dtype']}; {plan['runbook_kernel']}"),
         ("base", f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters"),
         ("adapter", f"rank {contract['rank']}, alpha {contract['alpha']:g}, on {', '.join(contract['targets'])}"),
-        ("rows", f"{work['rows']:,} by {work['source']}, {batch:,.0f} tokens a batch, {share:.0%} supervised"),
+        ("rows", f"{work['rows']:,}, {batch:,.0f} tokens a batch, {share:.0%} supervised, by {work['source']}"),
         ("run", f"{work['steps']:,} steps of {work['batches']:.3g} batches, {contract['epochs']} epochs{at_most}"),
         ("memory", _memory(plan)),
         ("time", _time(plan)),
