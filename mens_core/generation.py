@@ -12,6 +12,7 @@ from mens_core.contract import FineTuneContract
 from mens_core.corpus.rows import Turn
 from mens_core.errors import ModelError
 from mens_core.exchange import BatchShape, GenerateSettings, TrainingState
+from mens_core.gates import refuse_failed
 from mens_core.planner import resolve
 from mens_core.text.chat import TURN_END, opening
 from mens_core.text.encode import Encoder, open_tokenizer
@@ -61,6 +62,7 @@ def generate(
     given = {"model": model, **fields} if model is not None else fields
     contract = FineTuneContract.from_fields(trains=False, **((_adapter_fields(folder) if folder else {}) | given))
     plan, backend = resolve(contract, trains=False)
+    refuse_failed(plan.preflight, "preflight refuses the base")
     encoder = Encoder(open_tokenizer(plan.tokenizer_file, plan.layout))
     ids = encoder.encode([opening([Turn(role="user", content=prompt)])])[0].input_ids
     room = plan.layout.max_positions - len(ids)

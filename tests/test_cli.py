@@ -289,3 +289,19 @@ def test_a_model_folder_that_lies_is_refused_in_one_clear_error(
         assert printed.count("error:") == 1
         assert "Traceback" not in printed
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_generate_heeds_every_flag_it_shows(model_dirs, tmp_path, capsys):
+    folder = tmp_path / "m"
+    shutil.copytree(model_dirs["llama"], folder)
+    words = ["generate", "--prompt", "Write x.", "--max-new-tokens=3", "--backend=torch", "--model", str(folder)]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    (folder / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    assert main([*words, "--tokenizer-json", str(tmp_path / "elsewhere.json"), "--scan-weights"]) == 0
+    assert capsys.readouterr().out == plain
+    assert main([*words, "--tokenizer-json", str(tmp_path / "elsewhere.json"), "--kernel=jax_lora"]) == 2
+    assert "forced_kernel_agrees" in capsys.readouterr().err
+    (folder / "model.safetensors").write_bytes(b"")
+    assert main([*words, "--tokenizer-json", str(tmp_path / "elsewhere.json")]) == 2
+    assert "model.safetensors" in capsys.readouterr().err

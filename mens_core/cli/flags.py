@@ -10,10 +10,10 @@ from typing import Any
 import attrs
 
 from mens_core.config import build_contract
-from mens_core.contract import FineTuneContract, Layer, contract_fields
+from mens_core.contract import FineTuneContract, contract_fields
 from mens_core.presets import PRESETS
 
-__all__ = ["add_contract_flags", "add_layer_flags", "contract_from"]
+__all__ = ["add_contract_flags", "add_layer_flags", "contract_from", "given_fields"]
 
 
 def add_contract_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...] | None = None) -> None:
@@ -32,7 +32,7 @@ def contract_from(arguments: argparse.Namespace, *, trains: bool = True) -> Fine
         ContractError: listing every problem.
     """
     return build_contract(
-        _given(arguments),
+        ("flag", given_fields(arguments)),
         config=getattr(arguments, "config", None),
         preset=getattr(arguments, "preset", None),
         trains=trains,
@@ -53,9 +53,10 @@ def add_layer_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _given(arguments: argparse.Namespace) -> Layer:
+def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The contract's fields for which a flag was given."""
     names = {field.name for _, field in contract_fields()}
-    return "flag", {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
 
 
 def _add_flag(group: Any, field: attrs.Attribute[Any]) -> None:

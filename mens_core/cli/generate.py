@@ -6,7 +6,7 @@ import argparse
 
 import mens_core
 from mens_core import report
-from mens_core.cli.flags import add_contract_flags
+from mens_core.cli.flags import add_contract_flags, given_fields
 
 __all__ = ["add_arguments", "run"]
 
@@ -25,10 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the answer."""
-    chosen = ("model", "revision", "tokenizer", "backend", "device", "dtype")
-    fields = {name: value for name in chosen if (value := getattr(arguments, name)) is not None}
     answer = mens_core.generate(
-        arguments.prompt, adapter=arguments.adapter, max_new_tokens=arguments.max_new_tokens, **fields
+        arguments.prompt, adapter=arguments.adapter, max_new_tokens=arguments.max_new_tokens, **given_fields(arguments)
     )
     report.say(answer)
     return 0
