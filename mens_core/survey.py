@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import attrs
@@ -16,6 +17,7 @@ from mens_core.gates import base_gates, data_gates, folder_gates, refuse_failed
 from mens_core.hf.files import find_file, read_json
 from mens_core.hf.hub import find_model, hub_inventory
 from mens_core.hf.inventory import Coverage, Inventory, holds_weights, middle_coverage, read_inventory
+from mens_core.hf.keymap import tensor_shapes
 from mens_core.hf.layout import Layout, read_layout
 from mens_core.plan import BaseWeights, GateVerdict
 from mens_core.text.encode import Encoder, open_tokenizer
@@ -52,10 +54,13 @@ class Base:
 
     @property
     def weights(self) -> BaseWeights:
-        """The part of the inventory that backends are told."""
-        inventory = self.inventory
+        """What backends are told: the tensors config.json asks for; of an unknown family those that are there."""
+        inventory, known = self.inventory, self.layout.family is not None
+        asked = sum(math.prod(shape) for shape in tensor_shapes(self.layout).values()) if known else 0
         return BaseWeights(
-            parameters=inventory.parameters, stored_bytes=inventory.stored_bytes, linears=inventory.linears
+            parameters=asked if known else inventory.parameters,
+            stored_bytes=inventory.stored_bytes,
+            linears=inventory.linears,
         )
 
     @property
