@@ -69,7 +69,6 @@ RETIRED = {
     "train_file": "data_dir names the folder; training_contract.yaml in it may name another file",
     "tokenizer_mode": "give it as tokenizer",
     "lr": "give it as learning_rate",
-    "dropout": "adapters are trained without dropout",
     "resume_from": "a run is not resumed yet",
     "qlora_max_skip_rate": "give it as max_skip_rate",
     "qlora_lm_head_only": "the whole graph is trained; choose layers with targets",

@@ -62,17 +62,29 @@ def integer(default: int | None, help_text: str, *, low: int, high: float = math
 
 
 def number(
-    default: float | None, help_text: str, *, low: float, high: float = math.inf, exclusive: bool = False, **extra: Any
+    default: float | None,
+    help_text: str,
+    *,
+    low: float,
+    high: float = math.inf,
+    below: float = math.inf,
+    exclusive: bool = False,
+    **extra: Any,
 ) -> Any:
-    """A finite number within [low, high], above ``low`` if exclusive; None is allowed where it is the default."""
+    """A finite number within [low, high] and less than ``below``, above ``low`` if exclusive.
+
+    None is allowed where it is the default.
+    """
 
     def check(value: object) -> str | None:
         if value is None and default is None:
             return None
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or not low <= value <= high or (exclusive and value == low):  # type: ignore[operator]
+        in_range = fits and low <= value <= high and value < below  # type: ignore[operator]
+        if not in_range or (exclusive and value == low):
             least = f"must be a finite number {'above' if exclusive else 'of at least'} {low:g}"
-            return least + (f" and at most {high:g}" if high < math.inf else "")
+            most = f" and at most {high:g}" if high < math.inf else ""
+            return least + most + (f" and below {below:g}" if below < math.inf else "")
         return None
 
     return _field(default, help_text, parse=float, check=check, **extra)

@@ -173,6 +173,13 @@ def mens_step(session: Any, window: Sequence[Batch], learning_rate: float) -> St
     weight decay decoupled (Loshchilov & Hutter 2019, algorithm 2). If loss or norm is not finite the adapter
     and the optimizer stay as they were.
 
+    With ``dropout`` p in the contract, each entry of the input of every A is zeroed with probability p and the others
+    are divided by 1 - p, in the backward pass the same ones (Hu et al. 2021; Srivastava et al. 2014); no other hook
+    drops anything. A mask is a function of the contract's seed, the optimizer steps taken, the batch's place in the
+    window, the module's path and the shape: nothing is drawn from a generator that anybody else reads or advances,
+    and a restored session goes on bit for bit. A window that is cut otherwise sees other masks, so that its cut does
+    matter unless p is 0.
+
     Args:
         session: from ``mens_open``.
         window: at least one batch; at least one supervised token in all.

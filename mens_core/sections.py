@@ -105,7 +105,7 @@ class DataSpec:
 
 @attrs.frozen(kw_only=True)
 class AdapterSpec:
-    """The adapter: y = x Wᵀ + s · (x Aᵀ) Bᵀ."""
+    """The adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ, where drop is the identity but in training with dropout."""
 
     method: str = fields.choice(
         "lora",
@@ -135,7 +135,14 @@ class AdapterSpec:
         aliases={"full_graph": "all-linear"},
         evidence="adapting all layers matches full fine-tuning (Dettmers et al. 2023, section 4)",
     )
-
+    dropout: float = fields.number(
+        0.0,
+        "Probability with which an entry of A's input is zeroed in training, the others being divided by "
+        "1 - dropout; held-out losses and answers are computed without.",
+        low=0.0,
+        below=1.0,
+        evidence="Dettmers et al. 2023, appendix B.2, use 0.1 up to 13B parameters and 0.05 above",
+    )
     adapter_tag: str | None = fields.text(None, "Name for the adapter, kept in the manifest and the model card.")
 
     @property
@@ -215,7 +222,7 @@ class TrainingSpec:
         exclusive=True,
         evidence="the default of transformers' Trainer",
     )
-    seed: int = fields.integer(42, "Seeds the adapter's start and the order of the rows.", low=0)
+    seed: int = fields.integer(42, "Seeds the adapter's start, the order of the rows and dropout.", low=0)
 
 
 @attrs.frozen(kw_only=True)

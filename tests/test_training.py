@@ -408,7 +408,8 @@ def test_generation_takes_base_and_settings_from_the_run(fields):
 
 
 def test_an_adapter_without_a_manifest_is_read_from_pefts_config(fields):
-    result = Planner().run(**{**fields, "targets": ("q_proj", "v_proj")})
+    result = Planner().run(**{**fields, "targets": ("q_proj", "v_proj"), "dropout": 0.1})
+    assert json.loads((result.adapter_dir / "adapter_config.json").read_text())["lora_dropout"] == 0.1
     whole = mens_core.generate("Write x.", adapter=result.adapter_dir, backend="torch", max_new_tokens=8)
     (result.output_dir / "training_manifest.json").unlink()
     assert mens_core.generate("Write x.", adapter=result.adapter_dir, backend="torch", max_new_tokens=8) == whole

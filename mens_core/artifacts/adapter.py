@@ -153,7 +153,7 @@ def _peft_config(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
         "revision": plan.contract.model.revision,
         "r": spec.rank,
         "lora_alpha": _plain(spec.alpha),
-        "lora_dropout": 0.0,
+        "lora_dropout": spec.dropout,
         "use_rslora": spec.rslora,
         "use_dora": False,
         "bias": "none",

@@ -148,6 +148,12 @@ def test_a_larger_batch_is_offered_at_more_memory(offer_of, family, part):
     assert more.peak_bytes > less.peak_bytes or part != "tokens"
 
 
+def test_dropout_is_offered_at_more_memory_for_what_a_layer_makes_and_none_that_stays(offer_of, family):
+    without, dropping = (offer_of(family, dropout=p).memory for p in (0.0, 0.1))
+    assert dropping["activations"] >= without["activations"]
+    assert {**dropping, "activations": 0, "loading": 0} == {**without, "activations": 0, "loading": 0}
+
+
 def test_qlora_is_offered_at_less_base_than_lora(offer_of, family):
     lora, qlora = (offer_of(family, method=method).memory for method in ("lora", "qlora"))
     assert qlora["base"] + qlora["quantised_base"] < lora["base"]

@@ -35,6 +35,7 @@ OTHER = {
     "alpha": 1.0,
     "rslora": True,
     "targets": ("q_proj",),
+    "dropout": 0.05,
     "adapter_tag": "mine",
     "base_quant": "nf4",
     "block_size": 128,

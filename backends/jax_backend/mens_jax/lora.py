@@ -11,6 +11,8 @@
           x Wᵀ + b    +    s · (x Aᵀ) Bᵀ     =  y (T, out)
 
 With dy the gradient of y and u = s · dy B:  dA = uᵀ x,  dB = s · dyᵀ (x Aᵀ),  dx = dy W + u A.
+Under dropout with probability p and mask m of zeros and ones, m ⊙ x takes the place of x on the right-hand branch and
+s / (1 - p) that of s: then dx = dy W + m ⊙ (u A).
 Layers are built stacked, with one more axis in front, and called one at a time inside a scan (``model``), so an
 NF4 weight is brought back for one layer, twice, and never kept.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -26,6 +29,7 @@ from jax import Array
 
 from mens_core.errors import ContractError, ModelError
 from mens_jax._arrays import dot, keep
+from mens_jax.dropout import Dropout
 from mens_jax.quant import NF4Weight, dequantize
 
 __all__ = ["LoraLinear", "merge", "select_targets"]
@@ -34,7 +38,8 @@ __all__ = ["LoraLinear", "merge", "select_targets"]
 class LoraLinear(nnx.Module):
     """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, computed in the format of x.
 
-    Opens as the identity on the base: A and B are zero. Of rank 0 it is the frozen layer alone.
+    Opens as the identity on the base: A and B are zero. Of rank 0 it is the frozen layer alone. Entries of A's input
+    are dropped while ``dropout`` is set, which a training step does for one batch.
 
     Invariants: weight and bias never change; A and B are float32 whatever the base's format.
 
@@ -52,6 +57,7 @@ class LoraLinear(nnx.Module):
         out, into = weight.shape[-2:][:: -1 if self.transposed else 1]
         stacked = weight.codes.shape[:-1] if isinstance(weight, NF4Weight) else weight.shape[:-2]
         self.shape, self.rank, self.scale = (out, into), rank, scale
+        self.dropout: Dropout | None = nnx.data(None)
         self.weight = nnx.Param(weight)
         self.bias = None if bias is None else nnx.Param(bias)
         self.lora_a = nnx.LoRAParam(jnp.zeros((*stacked, rank, into), jnp.float32)) if rank else None
@@ -65,8 +71,12 @@ class LoraLinear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias.get_value()
         if self.lora_a is not None and self.lora_b is not None:
+            entered, scale = x, cast("float | Array", self.scale)
+            if self.dropout is not None:
+                # The factor 1 / (1 - p) goes where it costs nothing and is not rounded to the format of x.
+                entered, scale = x * self.dropout.kept(x), scale / (1.0 - self.dropout.probability)
             # Scaled while it is narrow, which spares both passes a multiplication as wide as y.
-            down = self.scale * dot(x, self.lora_a.get_value().astype(x.dtype).T)
+            down = (scale * dot(entered, self.lora_a.get_value().astype(x.dtype).T)).astype(x.dtype)
             y = y + dot(down, self.lora_b.get_value().astype(x.dtype).T)
         return keep(y)
 

@@ -26,6 +26,8 @@ _OPENED = 290 * _MIB
 _COMPILED, _COMPILED_A_BLOCK = 230 * _MIB, 35 * _MIB
 # What compiling NF4's way back adds.
 _COMPILED_NF4 = 20 * _MIB
+# Of the widest input that is dropped: what is multiplied with its mask, both ways. Nothing of it is kept.
+_MASKED = 2
 # A CUDA context with cuBLAS' workspace, as NVIDIA's tools commonly show it; not measured here.
 _CUDA_FRAMEWORK = 600 * _MIB
 
@@ -53,6 +55,8 @@ def memory_parts(
     logits = 2 * 4 * layout.vocab_size * min(size.supervised, logits_chunk(layout.vocab_size))
     # What the backward pass of one layer makes; the logits are gone by then.
     layer = width * linear // layout.num_layers + 3 * width * size.tokens * layout.intermediate_size
+    if contract.adapter.dropout:
+        layer += _MASKED * width * size.tokens * layout.intermediate_size
     blocks = held.get("quantised_base", _width(dtype) * linear)
     activations = width * _kept(layout, weights, size.tokens, blocks, dtype) + max(0, layer - logits)
     if on_cpu and dtype == "bfloat16":

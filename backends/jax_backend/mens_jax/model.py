@@ -12,8 +12,10 @@ every layer, the layers in front; ``lora_a`` and ``lora_b`` lie beside it.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -26,10 +28,11 @@ from mens_jax._names import stacked_name
 from mens_jax._packing import Rows
 from mens_jax._parts import Embedding, Parts
 from mens_jax.attention import packed_attention
-from mens_jax.lora import select_targets
+from mens_jax.dropout import Dropout
+from mens_jax.lora import LoraLinear, select_targets
 from mens_jax.weights import load_base
 
-__all__ = ["Model", "hidden_states", "load_model", "logits"]
+__all__ = ["Model", "hidden_states", "load_model", "logits", "set_dropout"]
 
 
 class Model(nnx.Module):
@@ -48,6 +51,7 @@ class Model(nnx.Module):
         self.stem = "transformer" if isinstance(decoder, Gpt2Decoder) else "model"
         setattr(self, self.stem, decoder)
         self.lm_head, self.adapted = lm_head, adapted
+        self.dropout: Dropout | None = nnx.data(None)
 
     @property
     def decoder(self) -> Gpt2Decoder | LlamaDecoder:
@@ -77,6 +81,16 @@ def load_model(plan: ExecutionPlan) -> Model:
     return Model(decoder, None if plan.layout.tied else parts.embedding("lm_head"), adapted)
 
 
+def set_dropout(model: Model, dropout: Dropout | None) -> None:
+    """Let every adapter drop entries of its input, each by a mask of its own; None ends it.
+
+    Args:
+        model: from ``load_model``, inside the function that is being compiled.
+        dropout: of one batch of one step.
+    """
+    model.dropout = dropout
+
+
 def hidden_states(model: Model, input_ids: Array, positions: Array, rows: Rows) -> Array:
     """Hidden states after the decoder's last norm, what the head reads.
 
@@ -93,10 +107,16 @@ def hidden_states(model: Model, input_ids: Array, positions: Array, rows: Rows) 
     def attend(query: Array, key: Array, value: Array, scale: float, window: Array | None) -> Array:
         return packed_attention(query, key, value, rows, scale, window)
 
+    def run(block: Callable[..., Array], hidden: Array, layer: Array | None) -> tuple[Array, None]:
+        if model.dropout is not None and layer is not None:
+            _drop_in(block, model.dropout.fold(layer))
+        return block(hidden, rotary, attend), None
+
+    blocks = model.decoder.blocks
+    # Without dropout there is nothing to count, and the compiled function is the plain one.
+    layers = None if model.dropout is None else jnp.arange(len(jax.tree.leaves(nnx.state(blocks))[0]))
     hidden, rotary = model.decoder.embed(input_ids, positions)
-    hidden, _ = scan_blocks(
-        model.decoder.blocks, hidden, lambda block, hidden, _: (block(hidden, rotary, attend), None)
-    )
+    hidden, _ = scan_blocks(blocks, hidden, run, layers)
     return model.decoder.norm_out(hidden)
 
 
@@ -114,3 +134,10 @@ def logits(model: Model, input_ids: Array, positions: Array, rows: Rows, keep: A
         (K, V) float32.
     """
     return dot(hidden_states(model, input_ids, positions, rows)[keep], model.head.T, jnp.float32)
+
+
+def _drop_in(block: Any, dropout: Dropout) -> None:
+    """Give every linear of one layer, whose dropout this is, a mask of its own."""
+    linears = [(path, module) for path, module in nnx.iter_graph(block) if isinstance(module, LoraLinear)]
+    for path, linear in linears:
+        linear.dropout = dropout.fold(".".join(map(str, path)))

@@ -37,8 +37,9 @@ from mens_jax._arrays import device_named, take
 from mens_jax._names import stacked_name
 from mens_jax._packing import PackedBatch, fill, stack
 from mens_jax._sizes import Buckets, logits_chunk
+from mens_jax.dropout import Dropout, dropout_of
 from mens_jax.loss import supervised_loss
-from mens_jax.model import Model, hidden_states, load_model, logits
+from mens_jax.model import Model, hidden_states, load_model, logits, set_dropout
 
 __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
 
@@ -156,6 +157,7 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
         packed,
         np.int32(len(batches)),
         np.asarray([supervised, learning_rate, spec.max_grad_norm, spec.weight_decay], np.float32),
+        dropout_of(session.plan.contract),
     )
     return StepMetrics(loss_sum=loss_sum, grad_norm=grad_norm, supervised_tokens=supervised)
 
@@ -203,9 +205,17 @@ def _logits(graph: _Graph, unravel: _Unravel, frozen: nnx.State, adapter: Array,
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _loss_sum(adapter: Array, graph: _Graph, unravel: _Unravel, frozen: nnx.State, batch: PackedBatch) -> Array:
-    """Sum of the supervised tokens' cross-entropies, () float32."""
+def _loss_sum(
+    adapter: Array,
+    graph: _Graph,
+    unravel: _Unravel,
+    frozen: nnx.State,
+    batch: PackedBatch,
+    dropout: Dropout | None = None,
+) -> Array:
+    """Sum of the supervised tokens' cross-entropies, () float32; in training under dropout of this batch."""
     model = nnx.merge(graph, unravel(adapter), frozen)
+    set_dropout(model, dropout)
     hidden = hidden_states(model, batch.input_ids, batch.positions, batch.rows)
     chosen = take(hidden, batch.keep, batch.back)
     return supervised_loss(chosen, model.head, batch.targets, logits_chunk(len(model.head)))
@@ -220,6 +230,7 @@ def _step(
     window: PackedBatch,
     batches: Array,
     numbers: Array,
+    dropout: Dropout | None = None,
 ) -> tuple[Trained, Array, Array]:
     """The whole step on the device: (trained, loss sum, mean gradient's global norm).
 
@@ -232,12 +243,14 @@ def _step(
         batches: how many of them count.
         numbers: supervised tokens, learning rate, max_grad_norm, weight_decay; arguments, so that none of them
             is compiled in.
+        dropout: of the run; its numbers are arguments as well. None is another, the plain function.
     """
     supervised, learning_rate, max_grad_norm, weight_decay = numbers
 
     def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         batch = jax.tree.map(lambda part: part[index], window)
-        loss_sum, gradient = jax.value_and_grad(_loss_sum)(trained.adapter, graph, unravel, frozen, batch)
+        own = None if dropout is None else dropout.fold(trained.updates, index)
+        loss_sum, gradient = jax.value_and_grad(_loss_sum)(trained.adapter, graph, unravel, frozen, batch, own)
         return sums[0] + loss_sum, sums[1] + gradient
 
     zero = jnp.zeros((), jnp.float32), jnp.zeros_like(trained.adapter)

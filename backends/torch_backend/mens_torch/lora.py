@@ -11,6 +11,8 @@
           x Wᵀ + b    +    s · (x Aᵀ) Bᵀ     =  y (T, out)
 
 With dy the gradient of y and u = s · dy B:  dA = uᵀ x,  dB = s · dyᵀ (x Aᵀ),  dx = dy W + u A.
+Under dropout with probability p and mask m of zeros and ones, m ⊙ x takes the place of x on the right-hand branch and
+s / (1 - p) that of s: then dx = dy W + m ⊙ (u A).
 Only x and x Aᵀ are kept for the backward pass; an NF4 weight is brought back twice and never kept.
 """
 
@@ -26,6 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from mens_core.errors import ContractError, ModelError
+from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight, dequantize
 
 __all__ = ["LoraLinear", "merge", "select_targets"]
@@ -34,7 +37,8 @@ __all__ = ["LoraLinear", "merge", "select_targets"]
 class LoraLinear(nn.Module):
     """y = x Wᵀ + b + s · (x Aᵀ) Bᵀ, computed in the format of x.
 
-    Opens as the identity on the base: A and B are zero. Of rank 0 it is the frozen layer alone.
+    Opens as the identity on the base: A and B are zero. Of rank 0 it is the frozen layer alone. Entries of A's input
+    are dropped while ``dropout`` is set, which a training step does for one batch.
 
     Invariants: weight and bias never change; A and B are float32 whatever the base's format.
 
@@ -51,13 +55,18 @@ class LoraLinear(nn.Module):
         device = weight.codes.device if isinstance(weight, NF4Weight) else weight.device
         # Not a module attribute called "weight": code that reads it past forward would lose the adapter in silence.
         self.frozen, self.bias, self.rank, self.scale = weight, bias, rank, scale
+        self.dropout: Dropout | None = None
         self.lora_a = nn.Parameter(torch.zeros(rank, into, device=device), requires_grad=rank > 0)
         self.lora_b = nn.Parameter(torch.zeros(out, rank, device=device), requires_grad=rank > 0)
 
     def forward(self, x: Array) -> Array:
         """Map (..., in) to (..., out)."""
+        dropout = self.dropout
+        if dropout is not None:
+            # A layer that is called again for the same batch, as for rows that run one at a time, draws another mask.
+            self.dropout = dropout.fold("again")
         product: Array = _LoraProduct.apply(  # type: ignore[no-untyped-call]
-            x, self.frozen, self.bias, self.lora_a, self.lora_b, self.scale
+            x, self.frozen, self.bias, self.lora_a, self.lora_b, self.scale, dropout
         )
         return product
 
@@ -135,25 +144,32 @@ class _LoraProduct(torch.autograd.Function):
         lora_a: Array,
         lora_b: Array,
         scale: float,
+        dropout: Dropout | None,
     ) -> Array:
         y = functional.linear(x, _dense(weight, x.dtype), bias)
-        ctx.weight, ctx.scale, ctx.rank, ctx.shape = weight, scale, lora_a.shape[0], x.shape
+        ctx.weight, ctx.rank, ctx.shape, ctx.dropout = weight, lora_a.shape[0], x.shape, dropout
+        # The factor 1 / (1 - p) goes where it costs nothing and is not rounded to the format of x.
+        ctx.scale = scale if dropout is None else scale / (1.0 - dropout.probability)
         if ctx.rank:
             rows = x.reshape(-1, x.shape[-1])
-            down = rows @ lora_a.to(x.dtype).t()
-            y.view(-1, y.shape[-1]).addmm_(down, lora_b.to(x.dtype).t(), alpha=scale)
+            entered = rows if dropout is None else rows * dropout.kept(rows)
+            down = entered @ lora_a.to(x.dtype).t()
+            y.view(-1, y.shape[-1]).addmm_(down, lora_b.to(x.dtype).t(), alpha=ctx.scale)
             ctx.save_for_backward(rows, down, lora_a, lora_b)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, Array | None, Array | None, None]:
+    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, Array | None, Array | None, None, None]:
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         dx = dy @ _dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
         if ctx.rank:
             rows, down, lora_a, lora_b = ctx.saved_tensors
             up = (dy @ lora_b.to(dy.dtype)).mul_(ctx.scale)
-            grad_a = (up.t() @ rows).float()
+            kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
+            grad_a = (up.t() @ (rows if kept is None else rows * kept)).float()
             grad_b = (dy.t() @ down).float().mul_(ctx.scale)
-            dx = None if dx is None else dx.addmm_(up, lora_a.to(dy.dtype))
-        return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None
+            if dx is not None:
+                back = lora_a.to(dy.dtype)
+                dx = dx.addmm_(up, back) if kept is None else dx.addcmul_(up @ back, kept)
+        return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None, None

@@ -38,6 +38,8 @@ _CHUNK, _ROWS_IN_CACHE = 256, 16
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
 _HOLES, _SHORT_LIVED = {True: 0.10, False: 0.33}, {True: 3, False: 6}
 _SCRATCH = 16 * _MIB
+# Of the widest input that is dropped: its mask, and what is multiplied with it. Nothing of it is kept.
+_MASKED = 2
 # Layers' dense weights in short-lived memory: NF4 brought back, and what making it left on the heap.
 _BROUGHT_BACK = 4
 
@@ -64,6 +66,8 @@ def memory_parts(
         short += _BROUGHT_BACK * width * linear // layout.num_layers
     if on_cpu:
         short += int(_HOLES[layout.family == "gpt2"] * kept) + _SCRATCH
+    if contract.adapter.dropout:
+        short += _MASKED * tokens * layout.intermediate_size * width
     chunk = min(_CHUNK, workload.shape.supervised)
     softmax = min(_ROWS_IN_CACHE, chunk) if on_cpu else chunk
     parts = {

@@ -29,11 +29,12 @@ from transformers.pytorch_utils import Conv1D
 from mens_core.exchange import NF4Spec
 from mens_core.plan import ExecutionPlan
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
+from mens_torch.dropout import Dropout
 from mens_torch.lora import LoraLinear, select_targets
 from mens_torch.quant import quantize
 from mens_torch.weights import load_base
 
-__all__ = ["Model", "hidden_states", "load_model", "logits"]
+__all__ = ["Model", "hidden_states", "load_model", "logits", "set_dropout"]
 
 # Relative distances (Frobenius) of a row's hidden states. With other neighbours nothing may change but rounding, and
 # that only where experts see groups of another size (4e-7 and 0 were seen); against the model's own attention the
@@ -95,6 +96,17 @@ def load_model(plan: ExecutionPlan) -> Model:
     )
     _prove(model, plan)
     return model
+
+
+def set_dropout(model: Model, dropout: Dropout | None) -> None:
+    """Let every adapter drop entries of its input, each by a mask of its own; None ends it.
+
+    Args:
+        model: from ``load_model``.
+        dropout: of one batch of one step.
+    """
+    for path, layer in model.adapters.items():
+        layer.dropout = None if dropout is None else dropout.fold(path)
 
 
 def hidden_states(model: Model, input_ids: Array, positions: Array, rows: tuple[int, ...]) -> Array:

@@ -8,7 +8,8 @@
                                                              ▼
                             A, B ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
 
-Nothing waits for the device: metrics and the decision to skip an update stay there.
+Nothing waits for the device, but that dropout reads how many steps were taken: metrics and the decision to skip an
+update stay there.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from torch.nn import functional
 from mens_core.errors import ContractError, DataError, ModelError
 from mens_core.exchange import IGNORE, Batch, BatchShape, StepMetrics, TrainingState
 from mens_core.plan import ExecutionPlan
+from mens_torch.dropout import Dropout, dropout_of
 from mens_torch.loss import supervised_loss
-from mens_torch.model import Model, hidden_states, load_model, logits
+from mens_torch.model import Model, hidden_states, load_model, logits, set_dropout
 
 __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
 
@@ -146,11 +148,13 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
     if not supervised:
         raise DataError("a window has no supervised token", expected="at least one target that is not ignored")
     loss_sum = torch.zeros((), dtype=torch.float32, device=session.model.device)
-    for batch in window:
-        if batch.supervised_tokens:
-            part = _loss_sum(session, batch)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss_sum += part.detach()
+    dropout = dropout_of(session.plan.contract)
+    if dropout is not None:
+        dropout = dropout.fold(_taken(session))
+    for index, batch in enumerate(batch for batch in window if batch.supervised_tokens):
+        part = _dropped_loss_sum(session, batch, None if dropout is None else dropout.fold(index))
+        part.backward()  # type: ignore[no-untyped-call]
+        loss_sum += part.detach()
     grad_norm = _update(session, loss_sum, supervised, learning_rate)
     return StepMetrics(loss_sum=loss_sum, grad_norm=grad_norm, supervised_tokens=supervised)
 
@@ -158,7 +162,7 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
 def state(session: Session) -> TrainingState:
     """Copy adapter and optimizer out; the copy does not change when training goes on."""
     moments = [(name, session.optimizer.state[parameter]) for name, parameter in session.parameters.items()]
-    taken = int(moments[0][1]["step"])
+    taken = _taken(session)
     fresh = session.fresh_since is not None and session.fresh_since == taken
     return TrainingState(
         adapter={name: _copied_out(parameter) for name, parameter in session.parameters.items()},
@@ -222,6 +226,23 @@ def _loss_sum(session: Session, batch: Batch) -> Array:
         return supervised_loss(hidden, model.head, targets)
     found = logits(model, input_ids, positions, rows, keep)
     return functional.cross_entropy(found.float(), targets, reduction="sum")
+
+
+def _dropped_loss_sum(session: Session, batch: Batch, dropout: Dropout | None) -> Array:
+    """The same under dropout of this batch; the backward pass knows its masks by itself."""
+    if dropout is None:
+        return _loss_sum(session, batch)
+    set_dropout(session.model, dropout)
+    try:
+        return _loss_sum(session, batch)
+    finally:
+        set_dropout(session.model, None)
+
+
+def _taken(session: Session) -> int:
+    """Optimizer steps taken; where they are counted on a device, this waits for it."""
+    parameter = next(iter(session.parameters.values()))
+    return int(session.optimizer.state[parameter]["step"])
 
 
 def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: float) -> Array:
