@@ -24,6 +24,7 @@ from mens_core.plan import ExecutionPlan, GateVerdict
 from mens_core.plugins import load_backend
 from mens_core.preflight import (
     coverage_warning,
+    existing_targets,
     finite_weights,
     fitting_tensors,
     readable_rows,
@@ -219,6 +220,7 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
     return (
         *fitting_tensors(base.layout, base.inventory),
         rotary_pairs(base.layout),
+        existing_targets(contract.adapter.targets, base.inventory.linears),
         *((readable_rows(rows.sample),) if rows else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )

@@ -5,6 +5,8 @@ A plan is made whatever is found here, so that it can show everything at once; a
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from mens_core.training.data import RowSample
 
 __all__ = [
     "coverage_warning",
+    "existing_targets",
     "finite_weights",
     "fitting_tensors",
     "readable_rows",
@@ -79,6 +82,22 @@ def fitting_tensors(layout: Layout, inventory: Inventory) -> tuple[GateVerdict, 
             )
         )
     return tuple(verdicts)
+
+
+def existing_targets(targets: Sequence[str], linears: Iterable[str]) -> GateVerdict:
+    """Whether every target names a linear layer of the decoder."""
+    paths = list(linears)
+    known = sorted({path.rpartition(".")[2] for path in paths})
+    absent = [name for name in targets if not any(f".{path}".endswith(f".{name}") for path in paths)]
+    absent = [] if tuple(targets) == ("all-linear",) else absent
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in absent}
+    shown = ", ".join(name + (f" (did you mean {near[name][0]}?)" if near[name] else "") for name in absent)
+    return GateVerdict(
+        code="targets_exist",
+        passed=not absent,
+        message=f"targets are linear layers out of {', '.join(known)}" + (f"; there is no {shown}" if absent else ""),
+        fix="--targets all-linear, or names out of these",
+    )
 
 
 def rotary_pairs(layout: Layout) -> GateVerdict:

@@ -95,6 +95,18 @@ def test_at_most_32_missing_keys_are_told(tmp_path, fields):
     assert "and 8 more" in text
 
 
+def test_a_target_that_is_no_linear_layer_is_refused_before_the_run_with_the_nearest(fields):
+    _write(fields, hidden=8)
+    plan = Planner().plan(**fields, targets=("q_proj", "v_porj"))
+    (verdict,) = (verdict for verdict in plan.preflight if not verdict.passed)
+    assert verdict.code == "targets_exist"
+    assert "there is no v_porj (did you mean v_proj?)" in verdict.message
+    assert not _refused(Planner().plan(**fields, targets=("q_proj", "layers.1.mlp.up_proj")))
+    with pytest.raises(GateError, match="targets_exist"):
+        Planner().run(**fields, targets=("q_proj", "v_porj"))
+    assert not fields["output_dir"].exists()
+
+
 def _change(folder, change):
     tensors = {name: np.array(tensor) for name, tensor in open_tensors(folder).items()}
     change(tensors)
