@@ -220,7 +220,8 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
     return (
         *fitting_tensors(base.layout, base.inventory),
         rotary_pairs(base.layout),
-        existing_targets(contract.adapter.targets, base.inventory.linears),
+        # Of a family the core does not know, it knows the linear layers by guess only.
+        *((existing_targets(contract.adapter.targets, base.inventory.linears),) if base.layout.family else ()),
         *((readable_rows(rows.sample),) if rows else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )
