@@ -2,12 +2,14 @@
 
 import argparse
 import ast
+import atexit
 import inspect
 import json
 import os
 import random
 import shutil
 import statistics
+import tempfile
 import textwrap
 
 import pytest
@@ -19,6 +21,9 @@ from mens_core.plugins import load_backend
 
 # Tiny matrices gain nothing from a second thread, and waiting for one that shares its core costs a hundredfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What was measured on this machine is its user's and not the tests'; child processes inherit this.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mens-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Shared machines stall now and then; a slow draw says nothing about the property.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
