@@ -69,10 +69,11 @@ class Backend:
         if not offer.feasible and not offer.reason:
             self._broken("mens_plan", "an offer that is not feasible must give its reason")
         for part, size in offer.memory.items():
-            if part not in MEMORY_PARTS or size < 0:
+            if part not in MEMORY_PARTS or not isinstance(size, int) or size < 0:
                 self._broken("mens_plan", f"memory part {part!r} of {size} bytes, expected {', '.join(MEMORY_PARTS)}")
-        if offer.seconds_per_step is not None and not (0 < offer.seconds_per_step < math.inf):
-            self._broken("mens_plan", f"{offer.seconds_per_step} seconds a step, expected a positive number")
+        seconds = offer.seconds_per_step
+        if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
+            self._broken("mens_plan", f"{seconds!r} seconds a step, expected a positive number")
         return offer
 
     def gates(self, contract: FineTuneContract, plan: ExecutionPlan) -> tuple[GateVerdict, ...]:

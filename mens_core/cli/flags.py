@@ -25,18 +25,13 @@ def add_contract_flags(parser: argparse.ArgumentParser, sections: tuple[str, ...
             _add_flag(group, field)
 
 
-def contract_from(arguments: argparse.Namespace, *, trains: bool = True) -> FineTuneContract:
+def contract_from(arguments: argparse.Namespace) -> FineTuneContract:
     """Build the contract: flags over ``--preset`` over ``--config`` over defaults.
 
     Raises:
         ContractError: listing every problem.
     """
-    return build_contract(
-        ("flag", given_fields(arguments)),
-        config=getattr(arguments, "config", None),
-        preset=getattr(arguments, "preset", None),
-        trains=trains,
-    )
+    return build_contract(("flag", given_fields(arguments)), config=arguments.config, preset=arguments.preset)
 
 
 def add_layer_flags(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,13 @@ LIAR = f"""from mens_core import KernelOffer
     return KernelOffer(kernel='torch_lora', feasible=False, reason='no')
 """
 
+SPENDER = f"""from mens_core import KernelOffer
+{HOOK}def mens_plan(contract):
+    offer = dict(kernel='spender_lora', feasible=True, device='cpu', dtype='float32')
+    return KernelOffer(**offer, **{{'memory': {{'bsae': 1}}}} if contract.adapter.rank == 1 else
+                       {{'memory': {{'base': -1}}}} if contract.adapter.rank == 2 else {{'seconds_per_step': 'soon'}})
+"""
+
 # distribution → (entry point name, module source, requirement)
 DISTRIBUTIONS = {
     "mens-typo": ("typo", f"{HOOK}def mens_plna(contract, layout, machine): ...\n", None),
@@ -45,6 +52,7 @@ DISTRIBUTIONS = {
     "mens-twin-one": ("twin", f"{HOOK}def mens_event(event): ...\n", None),
     "mens-twin-two": ("twin", f"{HOOK}def mens_event(event): ...\n", None),
     "mens-silent": ("silent", f"{HOOK}def mens_event(event): ...\n", None),
+    "mens-spender": ("spender", SPENDER, None),
     "mens-liar": (
         "liar",
         LIAR,
@@ -144,8 +152,8 @@ def test_a_plugin_without_a_hook_is_refused():
         load_backend("empty")
 
 
-def _plan(name):
-    contract = FineTuneContract.from_fields(trains=False)
+def _plan(name, **fields):
+    contract = FineTuneContract.from_fields(trains=False, **fields)
     return load_backend(name).plan(contract, read_layout(find_model(None, None)[1]), None, None, None)
 
 
@@ -156,6 +164,16 @@ def test_a_hook_that_is_missing_or_answers_wrongly_is_named_with_plugin_and_vers
     assert "mens-silent 1.0" in str(caught.value)
     with pytest.raises(HookContractError, match="expected 'liar_lora'"):
         _plan("liar")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("rank", "problem"), [(1, "memory part 'bsae'"), (2, "-1 bytes"), (3, "'soon' seconds a step")]
+)
+def test_an_offer_whose_numbers_make_no_sense_is_named_with_its_plugin(rank, problem):
+    with pytest.raises(HookContractError, match=problem) as caught:
+        _plan("spender", rank=rank)
+    assert "mens-spender 1.0" in str(caught.value)
 
 
 def test_records_that_cross_the_hooks_are_frozen():
