@@ -209,6 +209,7 @@ def _timings(probe: _Probe, plan: ExecutionPlan, backend: Backend) -> Iterator[t
             supervised=count * probe.rows * probe.supervised,
             pairs=count * probe.rows * probe.length**2,
             rows=count * probe.rows,
+            row_tokens=probe.length,
             steps=1,
             source="a probe",
         )

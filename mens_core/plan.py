@@ -39,8 +39,10 @@ MEMORY_PARTS = (
     "activations",
     "logits",
     "loading",
+    "rows",
 )
-"""What an offer's memory may consist of; ``loading`` is what loading needs beyond what training then holds."""
+"""What an offer's memory may consist of. ``rows`` is the data, held as tokens; ``loading`` is what loading needs beyond
+what training then holds."""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,6 +108,7 @@ class Workload:
         supervised: supervised tokens of an optimizer step, on average.
         pairs: sum of the squared row lengths of an optimizer step, on average.
         rows: rows that are trained on.
+        row_tokens: tokens of a row, on average.
         steps: optimizer steps of the run.
         source: where the numbers come from, for people.
     """
@@ -116,6 +119,7 @@ class Workload:
     supervised: float
     pairs: float
     rows: int
+    row_tokens: float
     steps: int
     source: str
 

@@ -40,6 +40,7 @@ def workload(rows: Sequence[TokenRow], spec: TrainingSpec, *, num_rows: int, sou
         supervised=float(supervised.mean()) * rows_a_step,
         pairs=float((lengths**2).mean()) * rows_a_step,
         rows=num_rows,
+        row_tokens=float(lengths.mean()),
         steps=total_steps(num_rows, spec),
         source=source,
     )

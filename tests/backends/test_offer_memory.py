@@ -23,6 +23,7 @@ WORK = Workload(
     supervised=160,
     pairs=2 * 256**2,
     rows=2,
+    row_tokens=3.0,
     steps=1,
     source="a test",
 )

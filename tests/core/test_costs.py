@@ -19,6 +19,7 @@ from mens_core.costs import (
     adapted_linears,
     adapter_parameters,
     nf4_bytes,
+    rows_memory,
     standing_memory,
     step_costs,
     step_seconds,
@@ -60,6 +61,7 @@ WORK = Workload(
     supervised=3,
     pairs=20,
     rows=2,
+    row_tokens=3.0,
     steps=1,
     source="a test",
 )
@@ -201,6 +203,12 @@ def test_a_speed_that_was_kept_is_read_back(file):
     store_speed("jax_lora cpu float32", other, tiny.MACHINE, file)
     assert read_speeds(tiny.MACHINE, file) == {KERNEL: SPEED, "jax_lora cpu float32": other}
     assert [path.name for path in file.parent.iterdir()] == ["speeds.json"]
+
+
+def test_rows_take_their_ids_and_masks_and_something_for_each_row():
+    more = attrs.evolve(WORK, row_tokens=WORK.row_tokens + 100)
+    assert rows_memory(more) - rows_memory(WORK) == 5 * 100 * WORK.rows
+    assert rows_memory(attrs.evolve(WORK, rows=2 * WORK.rows)) == 2 * rows_memory(WORK)
 
 
 def test_without_a_file_nothing_is_known_and_nothing_is_wrong(tmp_path, caplog):

@@ -12,7 +12,7 @@ computes them in float32 and holds a float32 copy of the weights while it does.
 from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
-from mens_core.costs import standing_memory
+from mens_core.costs import rows_memory, standing_memory
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
 from mens_jax._sizes import Buckets, has_room, logits_chunk
@@ -68,7 +68,8 @@ def memory_parts(
         "activations": activations,
         "logits": logits,
     }
-    return parts | {"loading": _loading(weights, parts) if on_cpu else 0}
+    loading = _loading(weights, parts) if on_cpu else 0
+    return parts | {"loading": loading, "rows": rows_memory(workload) if on_cpu else 0}
 
 
 def _kept(layout: Layout, weights: BaseWeights, tokens: int, blocks: int, dtype: str) -> int:

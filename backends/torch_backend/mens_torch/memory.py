@@ -20,7 +20,7 @@ short-lived tensors (measured by fixing the heap's thresholds, which takes the h
 from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
-from mens_core.costs import adapted_linears, standing_memory
+from mens_core.costs import adapted_linears, rows_memory, standing_memory
 from mens_core.hf.families import REGISTRY
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
@@ -76,7 +76,8 @@ def memory_parts(
         "activations": kept + short,
         "logits": layout.vocab_size * (chunk * width + 2 * softmax * 4),
     }
-    return parts | {"loading": _loading(contract, weights, width, parts) if on_cpu else 0}
+    loading = _loading(contract, weights, width, parts) if on_cpu else 0
+    return parts | {"loading": loading, "rows": rows_memory(workload) if on_cpu else 0}
 
 
 def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtype: str) -> int:
