@@ -124,16 +124,17 @@ def sample_rows(path: Path, most: int) -> tuple[list[Row], int, int]:
     with path.open("rb") as file:
         count = sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
         file.seek(0)
-        lines = list(islice(file, 0, None, max(1, -(-count // most))))
-    rows = [row for line in lines if (row := _usable(line)) is not None]
+        step = max(1, -(-count // most))
+        lines = list(islice(file, 0, None, step))
+    rows = [row for place, line in enumerate(lines) if (row := _usable(line, 1 + place * step)) is not None]
     if not rows:
         read_rows(path)  # it says what is wrong with them
     return rows, len(lines) - len(rows), max(count, len(lines))
 
 
-def _usable(text: bytes) -> Row | None:
+def _usable(text: bytes, line: int) -> Row | None:
     try:
-        return _row(text.removeprefix(b"\xef\xbb\xbf"), 0)
+        return _row(text.removeprefix(b"\xef\xbb\xbf") if line == 1 else text, line)
     except _Fault:
         return None
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import attrs
 
 from mens_core.contract import FineTuneContract
-from mens_core.corpus.rows import read_rows, sample_rows
-from mens_core.corpus.select import select_rows
+from mens_core.corpus.rows import Row, read_rows, sample_rows
+from mens_core.corpus.select import Selection, select_rows
 from mens_core.errors import DataError
 from mens_core.plan import Workload
 from mens_core.text.encode import EncodedRows, Encoder, TokenRow, encode_rows
@@ -30,7 +30,7 @@ def load_rows(path: Path, contract: FineTuneContract, encoder: Encoder) -> Encod
     """
     data = contract.data
     rows = read_rows(path)
-    selection = select_rows(rows, min_rating=data.min_rating, context_filter=data.context_filter)
+    selection = _select(rows, contract)
     encoded = encode_rows(selection.rows, encoder, seq_len=data.seq_len, on_overlong=data.on_overlong)
     left_out = {"rows_dropped_rating": selection.rows_dropped_rating}
     left_out |= {"rows_dropped_filter": selection.rows_dropped_filter}
@@ -99,12 +99,23 @@ def sample(path: Path, contract: FineTuneContract, encoder: Encoder) -> RowSampl
     Raises:
         DataError: if none of them can be used, or none is to be trained on.
     """
-    data = contract.data
     rows, faulty, lines = sample_rows(path, _SAMPLED_ROWS)
-    selection = select_rows(rows, min_rating=data.min_rating, context_filter=data.context_filter)
+    sampled = len(rows) + faulty
+    try:
+        chosen = _select(rows, contract).rows
+    except DataError:
+        if sampled == lines:
+            raise
+        # Rows that a sample does not show may be there all the same.
+        rows = read_rows(path)
+        chosen, sampled = _select(rows, contract).rows, lines
 
     @functools.cache
     def encode(seq_len: int, policy: str) -> tuple[TokenRow, ...]:
-        return encode_rows(selection.rows, encoder, seq_len=seq_len, on_overlong=policy).rows
+        return encode_rows(chosen, encoder, seq_len=seq_len, on_overlong=policy).rows
 
-    return RowSample(sampled=len(rows) + faulty, faulty=faulty, lines=lines, encode=encode)
+    return RowSample(sampled=sampled, faulty=faulty, lines=lines, encode=encode)
+
+
+def _select(rows: Sequence[Row], contract: FineTuneContract) -> Selection:
+    return select_rows(rows, min_rating=contract.data.min_rating, context_filter=contract.data.context_filter)
