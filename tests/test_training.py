@@ -98,6 +98,8 @@ def test_the_manifest_holds_the_estimate_beside_what_was_measured(finished):
     estimate, results = result.manifest["estimate"], result.manifest["results"]
     assert estimate["peak_memory_bytes"]["measured"] == results["peak_memory_bytes"]
     assert estimate["seconds_per_step"]["measured"] == results["median_step_seconds"]
+    tokens = results["tokens_trained"] / results["optimizer_steps"]
+    assert estimate["tokens_per_sec"]["measured"] == pytest.approx(tokens / results["median_step_seconds"])
     for entry in estimate.values():
         assert entry["error"] == pytest.approx(entry["measured"] / entry["estimated"] - 1)
     assert result.manifest["plan"]["estimate"]["peak_memory_bytes"] == estimate["peak_memory_bytes"]["estimated"]

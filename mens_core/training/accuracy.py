@@ -9,7 +9,9 @@ from mens_core.plan import ExecutionPlan
 __all__ = ["beside_measured"]
 
 
-def beside_measured(plan: ExecutionPlan, *, peak_memory_bytes: int, seconds_per_step: float) -> dict[str, Any]:
+def beside_measured(
+    plan: ExecutionPlan, *, peak_memory_bytes: int, seconds_per_step: float, tokens_per_step: float
+) -> dict[str, Any]:
     """Compare.
 
     Args:
@@ -17,16 +19,17 @@ def beside_measured(plan: ExecutionPlan, *, peak_memory_bytes: int, seconds_per_
         peak_memory_bytes: highest resident size of the process; it is compared only on a CPU, where that is what the
             estimate means.
         seconds_per_step: median of the run's steps, so that those which waited for a compilation do not count.
+        tokens_per_step: mean of the run's steps.
 
     Returns:
         Name of the estimate → estimated, measured, and the error (measured / estimated - 1); None for what is not
         known.
     """
-    estimate, work = plan.estimate(), plan.workload
+    estimate = plan.estimate()
     measured = {
         "peak_memory_bytes": peak_memory_bytes if plan.device == "cpu" else None,
         "seconds_per_step": seconds_per_step,
-        "tokens_per_sec": work.tokens / seconds_per_step if work else None,
+        "tokens_per_sec": tokens_per_step / seconds_per_step,
     }
     return {
         name: {"estimated": estimate[name], "measured": found, "error": _error(estimate[name], found)}

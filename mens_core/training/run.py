@@ -95,7 +95,10 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
 
 def _estimate(plan: ExecutionPlan, results: Mapping[str, Any]) -> dict[str, Any]:
     return beside_measured(
-        plan, peak_memory_bytes=results["peak_memory_bytes"], seconds_per_step=results["median_step_seconds"]
+        plan,
+        peak_memory_bytes=results["peak_memory_bytes"],
+        seconds_per_step=results["median_step_seconds"],
+        tokens_per_step=results["tokens_trained"] / results["optimizer_steps"],
     )
 
 
