@@ -20,7 +20,7 @@ from mens_core.contract import LABELS, FineTuneContract
 from mens_core.errors import ContractError
 from mens_core.gates import contract_gates, refuse_failed
 from mens_core.machine import this_machine
-from mens_core.plan import ExecutionPlan, GateVerdict
+from mens_core.plan import ExecutionPlan, GateVerdict, KernelOffer, Machine
 from mens_core.plugins import load_backend
 from mens_core.preflight import (
     coverage_warning,
@@ -31,7 +31,7 @@ from mens_core.preflight import (
     rotary_pairs,
     strict_proxy_stack,
 )
-from mens_core.speeds import read_speeds
+from mens_core.speeds import outdated_speeds, read_speeds
 from mens_core.survey import Base, Rows, look_at_base, look_at_rows
 from mens_core.training.run import RunResult, run_plan
 from mens_core.training.schedule import warmup_for
@@ -172,7 +172,7 @@ def decide(
         decided=_decided(base, choice, question),
         gates=(*asked, *base.gates, *(rows.gates if rows else ()), *choice_gates(choice)),
         preflight=preflight,
-        warnings=_warnings(base),
+        warnings=(*_warnings(base), *_outdated_speed(choice.offer, machine)),
     )
     further = choice.backend.gates(contract, plan)
     refuse_failed(further)
@@ -225,6 +225,12 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
         *((readable_rows(rows.sample),) if rows else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )
+
+
+def _outdated_speed(offer: KernelOffer, machine: Machine) -> tuple[str, ...]:
+    """Why a speed that was measured for the chosen kernel was not used; nothing if it was, or there is none."""
+    found = outdated_speeds(machine).get(f"{offer.kernel} {offer.device} {offer.dtype}")
+    return () if found is None else (found,)
 
 
 def _warnings(base: Base) -> tuple[str, ...]:

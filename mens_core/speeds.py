@@ -3,7 +3,7 @@
     measuring ──▶ speeds.json ──▶ Machine.speeds ──▶ a backend's seconds_per_step
 
 A speed holds only where it was measured: with the same processor, as many processors, the same thread settings and
-the same versions. One that was measured elsewhere is not used, and the log says why; a damaged file is a warning.
+the same versions. One that was measured elsewhere is not used, and the plan says so; a damaged file is logged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mens_core.contract import kernel_parts
 from mens_core.plan import Machine, Speed
 from mens_core.plugins import installed_backends
 
-__all__ = ["conditions", "read_speeds", "speeds_file", "store_speed"]
+__all__ = ["conditions", "outdated_speeds", "read_speeds", "speeds_file", "store_speed"]
 
 _FORMAT = "mens.speeds.v1"
 # What tells a tensor library how many threads to use, before it is asked.
@@ -52,24 +52,34 @@ def conditions(kernel: str, machine: Machine) -> dict[str, Any]:
 
 
 def read_speeds(machine: Machine, file: Path | None = None) -> dict[str, Speed]:
-    """The speeds that hold on this machine, as ``Machine.speeds`` keeps them; each that does not is logged.
+    """The speeds that hold on this machine, as ``Machine.speeds`` keeps them.
 
     Args:
         machine: as it is now.
         file: instead of ``speeds_file()``.
     """
-    file = file or speeds_file()
-    entries = _entries(file)
-    speeds = {}
-    for key, entry in entries.items():
+    entries, outdated = _entries(file or speeds_file()), outdated_speeds(machine, file)
+    return {
+        key: Speed(seconds=entry["seconds"], source=entry["source"])
+        for key, entry in entries.items()
+        if key not in outdated
+    }
+
+
+def outdated_speeds(machine: Machine, file: Path | None = None) -> dict[str, str]:
+    """The speeds that were measured under other conditions: ``<kernel> <device> <dtype>`` → a sentence that says which.
+
+    Args:
+        machine: as it is now.
+        file: instead of ``speeds_file()``.
+    """
+    file, outdated = file or speeds_file(), {}
+    for key, entry in _entries(file).items():
         now = conditions(key.partition(" ")[0], machine)
         changed = [name for name in now if entry["conditions"].get(name) != now[name]]
         if changed:
-            # No warning: the plan itself says that its time comes from a table, and how to measure.
-            _log.info("the speed of %s in %s is of another %s; %s", key, file, ", ".join(changed), _MEND)
-        else:
-            speeds[key] = Speed(seconds=entry["seconds"], source=entry["source"])
-    return speeds
+            outdated[key] = f"the speed of {key} in {file} was measured with another {', '.join(changed)}; {_MEND}"
+    return outdated
 
 
 def store_speed(key: str, speed: Speed, machine: Machine, file: Path | None = None) -> None:
