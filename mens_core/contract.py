@@ -134,20 +134,18 @@ class FineTuneContract:
             problem = field.metadata["check"](value)
             problems += [f"{name} {problem} (got {value!r}{_from(origins.get(name))})"] if problem else []
             problems += [f"{name} is required"] if trains and value is None and field.metadata.get("required") else []
-        if not problems:
-            sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-            for name, value in values.items():
-                sections[known[name][0]][name] = value
-            contract = cls(
-                **{name: SECTIONS[name](**chosen) for name, chosen in sections.items()},
-                origins={name: source for name, source in origins.items() if name in values},
-            )
-            problems = _contradictions(contract)
-            if not problems:
-                return contract
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise ContractError(f"the contract has {count}:\n{listing}", fix="python -m mens_core train --help")
+        problems += _contradictions(values)
+        if problems:
+            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            listing = "\n".join(f"  - {problem}" for problem in problems)
+            raise ContractError(f"the contract has {count}:\n{listing}", fix="python -m mens_core train --help")
+        sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        for name, value in values.items():
+            sections[known[name][0]][name] = value
+        return cls(
+            **{name: SECTIONS[name](**chosen) for name, chosen in sections.items()},
+            origins={name: source for name, source in origins.items() if name in values},
+        )
 
     def as_fields(self) -> dict[str, Any]:
         """The inverse of ``from_fields``: flat names to values, paths as text, ready for JSON."""
@@ -231,13 +229,13 @@ def _with_kernel(values: dict[str, Any], origins: dict[str, str]) -> tuple[dict[
     return read | given, dict.fromkeys(read, source) | {name: origins[name] for name in given}
 
 
-def _contradictions(contract: FineTuneContract) -> list[str]:
-    """What no field shows by itself."""
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What no field shows by itself; the values may still be of any kind."""
     problems = []
-    block, quant = contract.quant.block_size, contract.quant
-    if block & (block - 1):
+    block = values.get("block_size")
+    if isinstance(block, int) and block > 0 and block & (block - 1):
         problems.append(f"block_size must be a power of two (got {block})")
-    if quant.qlora_require_full_proxy_stack and quant.qlora_allow_partial_proxy_stack:
+    if values.get("qlora_require_full_proxy_stack") is True and values.get("qlora_allow_partial_proxy_stack") is True:
         problems.append("qlora_require_full_proxy_stack and qlora_allow_partial_proxy_stack contradict each other")
     return problems
 

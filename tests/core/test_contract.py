@@ -75,20 +75,25 @@ NOT_IN_THE_DIGEST = {
     "output_dir",
     "overwrite",
 }
+CONTRADICTION = {"qlora_require_full_proxy_stack": True, "qlora_allow_partial_proxy_stack": True}
 TOGETHER = {name: value for name, value in OTHER.items() if name != "qlora_allow_partial_proxy_stack"}
 
 
 def test_every_problem_of_a_contract_is_reported_at_once():
     with pytest.raises(ContractError) as caught:
-        FineTuneContract.from_fields(rank=0, lerning_rate=1e-3, schedule="cosin", alpha=float("nan"))
+        FineTuneContract.from_fields(
+            rank=0, lerning_rate=1e-3, schedule="cosin", alpha=float("nan"), block_size=65, **CONTRADICTION
+        )
     text = str(caught.value)
     assert "rank must be a whole number of at least 1" in text
     assert "did you mean learning_rate?" in text
     assert "did you mean 'cosine'?" in text
     assert "alpha must be a finite number" in text
+    assert "block_size must be a power of two" in text
+    assert "contradict each other" in text
     assert "data_dir is required" in text
     assert "output_dir is required" in text
-    assert "6 problems" in text
+    assert "8 problems" in text
 
 
 def test_fields_survive_the_way_out_and_back():
@@ -181,9 +186,8 @@ def test_a_forced_kernel_is_compared_with_the_one_that_method_and_backend_come_t
 
 
 def test_two_flags_that_contradict_each_other_are_a_problem_of_the_contract():
-    both = {"qlora_require_full_proxy_stack": True, "qlora_allow_partial_proxy_stack": True}
     with pytest.raises(ContractError, match="contradict each other"):
-        FineTuneContract.from_fields(**REQUIRED, **both)
+        FineTuneContract.from_fields(**REQUIRED, **CONTRADICTION)
 
 
 @pytest.mark.parametrize("name", RETIRED)
