@@ -23,8 +23,9 @@ from mens_core.exchange import NF4Spec, TrainingState
 from mens_core.hf.hub import find_model
 from mens_core.hf.layout import GRAPHS
 from mens_core.planner import resolve
-from mens_core.text.encode import Encoder, TokenRow
-from mens_core.text.pack import pack, run_shape
+from mens_core.text.encode import Encoder
+from mens_core.text.tokens import TokenRow, TokenRows
+from mens_core.text.pack import Batching, pack
 
 RUNBOOK = {"lora": "burn_lora", "qlora": "candle_qlora"}
 RUN_FILES = {
@@ -190,7 +191,7 @@ def test_peft_binds_every_tensor_and_computes_the_same_logits(finished, backend,
     ids = np.arange(24, dtype=np.int32) * 17 % 512
     row = TokenRow(ids, np.ones(24, np.bool_))
     plan, loaded = resolve(FineTuneContract.from_fields(**result.manifest["plan"]["contract"]))
-    session = loaded.open(plan, run_shape([row], batch_size=1, grad_accum=1, seed=0, epochs=1))
+    session = loaded.open(plan, Batching(batch_size=1, grad_accum=1, seed=0).shape(TokenRows.of([row]), 1))
     session = loaded.restore(session, TrainingState(adapter=adapter, optimizer={}, step=0))
     ours = loaded.forward(session, pack([row]))
     with torch.no_grad():
