@@ -1,12 +1,12 @@
-"""The row of a ``train.jsonl`` and the reader that checks a whole file before any of it is used.
+"""The row of a ``train.jsonl`` and the readers that check it.
 
 One JSON object a line, in one of two forms; keys beyond these are kept as metadata:
 
     {"prompt": …, "response": …, "system": …?}             also spelt instruction, output
     {"turns": [{"role": …, "content": …}, …], "system": …?}        also spelt messages
 
-A file with faults is refused as a whole. Its error lists every kind of fault once, with the number of rows
-that have it and the first of their lines.
+Faulty rows are booked, not raised one by one: the error of a file lists every kind of fault once, with the number
+of rows that have it and the first of their lines.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mens_core.corpus.faults import Fault, Faults
+from mens_core.corpus.lines import read_lines
 from mens_core.corpus.row import ROLES, Row, Turn
 from mens_core.errors import DataError
 
-__all__ = ["read_rows", "sample_rows"]
+__all__ = ["iter_rows", "read_rows", "sample_rows"]
 
 # The first spelling of each is the one named in messages.
 _PROMPT, _RESPONSE, _TURNS = ("prompt", "instruction"), ("response", "output"), ("turns", "messages")
@@ -32,38 +32,46 @@ _FORMS = '{"prompt": "…", "response": "…"} or {"turns": [{"role": "user", "c
 _CHARACTERS_SHOWN = 60
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read and check every row of a ``train.jsonl``.
+def iter_rows(path: Path, faults: Faults) -> Iterator[Row]:
+    """Yield the usable rows of a file as it is read, in its order.
 
     Args:
-        path: UTF-8 file with one JSON object a line; a byte-order mark and Windows line ends are accepted.
+        path: one JSON object a line, UTF-8, plain or packed by gzip or Zstandard; a byte-order mark and Windows
+            line ends are accepted. One line at a time is in memory.
+        faults: the other rows are booked here; ``faults.lines`` counts every line. Nothing is refused for them
+            until ``faults.check`` is asked.
+
+    Raises:
+        DataError: if the file is missing, is no file, is empty, or is packed and damaged.
+    """
+    for text in read_lines(path):
+        faults.lines += 1
+        try:
+            row = _row(text, faults.lines)
+        except Fault as fault:
+            faults.add(fault, faults.lines)
+        else:
+            yield row
+    if not faults.lines:
+        raise DataError("the file of rows is empty", where=path, expected=f"one row a line: {_FORMS}")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read and check every row of a file that fits into memory.
+
+    Args:
+        path: as for ``iter_rows``.
 
     Returns:
         The rows in the order of the file; at least one.
 
     Raises:
-        DataError: if the file is missing, is no file, is empty, or has a faulty line. All faults are listed
-            together: kind, number of rows, first lines, what was expected, nearest known key.
+        DataError: as for ``iter_rows``, or if a row is faulty. All faults are listed together: kind, number of
+            rows, first lines, what was expected, nearest known key.
     """
-    if not path.is_file():
-        raise DataError(
-            "the file of rows is a folder" if path.is_dir() else "the file of rows does not exist",
-            where=path,
-            expected="a file with one JSON object a line",
-            fix="write one with: python -m mens_core corpus pairs SOURCES --output DIR",
-        )
-    rows: list[Row] = []
     faults = Faults(path)
-    with path.open("rb") as file:
-        for line, text in enumerate(file, start=1):
-            faults.lines = line
-            try:
-                rows.append(_row(text.removeprefix(b"\xef\xbb\xbf") if line == 1 else text, line))
-            except Fault as fault:
-                faults.add(fault, line)
+    rows = list(iter_rows(path, faults))
     faults.check()
-    if not rows:
-        raise DataError("the file of rows is empty", where=path, expected=f"one row a line: {_FORMS}")
     return rows
 
 
@@ -71,8 +79,8 @@ def sample_rows(path: Path, most: int) -> tuple[list[Row], int, int]:
     """Read rows at even distances all over a file, to learn of what size they are.
 
     Args:
-        path: as for ``read_rows``.
-        most: rows wanted. A file of no more lines than that is read whole.
+        path: as for ``iter_rows``; it is read through once, and only the sample is parsed.
+        most: rows wanted. A file of no more lines than that is read whole, of a longer one at least half as many.
 
     Returns:
         (rows; lines read that are faulty; lines in the file).
@@ -80,20 +88,26 @@ def sample_rows(path: Path, most: int) -> tuple[list[Row], int, int]:
     Raises:
         DataError: as ``read_rows`` does, if no row of the sample can be used.
     """
-    with path.open("rb") as file:
-        count = sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
-        file.seek(0)
-        step = max(1, -(-count // most))
-        lines = list(islice(file, 0, None, step))
-    rows = [row for place, line in enumerate(lines) if (row := _usable(line, 1 + place * step)) is not None]
+    step, count, lines = 1, 0, []
+    for text in read_lines(path):
+        if count % step == 0:
+            lines.append(text)
+            if len(lines) > most:
+                # As if the distance had been twice as long from the beginning.
+                step, lines = 2 * step, lines[::2]
+        count += 1
+    rows = [row for place, text in enumerate(lines) if (row := _usable(text, 1 + place * step)) is not None]
     if not rows:
-        read_rows(path)  # it says what is wrong with them
-    return rows, len(lines) - len(rows), max(count, len(lines))
+        faults = Faults(path)
+        for _ in iter_rows(path, faults):
+            pass
+        faults.check()
+    return rows, len(lines) - len(rows), count
 
 
 def _usable(text: bytes, line: int) -> Row | None:
     try:
-        return _row(text.removeprefix(b"\xef\xbb\xbf") if line == 1 else text, line)
+        return _row(text, line)
     except Fault:
         return None
 
