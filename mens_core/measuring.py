@@ -31,8 +31,8 @@ from mens_core.planner import resolve
 from mens_core.plugins import installed_backends
 from mens_core.random_model import Size, write_random_weights
 from mens_core.speeds import store_speed
-from mens_core.text.tokens import TokenRow, TokenRows
 from mens_core.text.pack import Batching, pack
+from mens_core.text.tokens import TokenRow, TokenRows
 
 __all__ = ["fit_seconds", "measure_speed", "measure_speeds"]
 

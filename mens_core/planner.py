@@ -247,8 +247,6 @@ def _overlong(contract: FineTuneContract, rows: Rows | None) -> tuple[str, ...]:
     if not lost.rows_overlong:
         return ()
     tokens = lost.supervised_tokens_cut + lost.supervised_tokens_dropped
-    return (
-        f"{lost.rows_overlong / lost.rows:.1%} of the rows are longer than {ledger.seq_len} tokens (the longest: "
-        f"{ledger.longest}); --on-overlong {contract.data.on_overlong} loses {tokens / lost.supervised_tokens:.1%} of the "
-        f"supervised tokens, by {rows.sample.source}",
-    )
+    which = f"{lost.rows_overlong / lost.rows:.1%} of the rows are longer than {ledger.seq_len} tokens"
+    cost = f"--on-overlong {contract.data.on_overlong} loses {tokens / max(1, lost.supervised_tokens):.1%}"
+    return (f"{which} (the longest: {ledger.longest}); {cost} of the supervised tokens, by {rows.sample.source}",)

@@ -83,8 +83,8 @@ class DataSpec:
     on_overlong: str = fields.choice(
         "auto",
         ("auto", "drop", "truncate", "split", "error"),
-        "What becomes of a row longer than seq-len: auto drops it, but refuses to lose more than 5 % of the rows; split "
-        "makes several rows of it. Every case is counted by source, reported and kept in the manifest.",
+        "What becomes of a row longer than seq-len: auto drops it, but refuses to lose more than 5 % of the rows; "
+        "split makes several rows of it. Every case is counted by source, reported and kept in the manifest.",
     )
     truncation_side: str = fields.choice(
         "right", ("right", "left"), "Where on-overlong truncate cuts a row: right keeps its start, left its end."

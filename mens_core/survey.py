@@ -14,7 +14,7 @@ from mens_core.contract import FineTuneContract
 from mens_core.corpus.data_dir import DataFiles, find_data
 from mens_core.errors import ContractError
 from mens_core.gates import base_gates, data_gates, folder_gates, refuse_failed
-from mens_core.hf.files import find_file, read_json
+from mens_core.hf.files import find_file
 from mens_core.hf.hub import find_model, hub_inventory
 from mens_core.hf.inventory import Coverage, Inventory, holds_weights, middle_coverage, read_inventory
 from mens_core.hf.keymap import tensor_shapes

@@ -83,9 +83,7 @@ def cached_table(
     return written
 
 
-def _write(
-    folder: Path, rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults
-) -> None:
+def _write(folder: Path, rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir()

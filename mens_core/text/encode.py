@@ -109,7 +109,8 @@ class Encoder:
         row = self.encode([rendered])[0]
         if isinstance(row, Fault):
             raise row
-        return row.input_ids.tolist()
+        ids: list[int] = row.input_ids.tolist()
+        return ids
 
     def stop_tokens(self) -> tuple[int, ...]:
         """The ids that end a turn: its end tags where they are one token, and the usual end-of-text tokens."""

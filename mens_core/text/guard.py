@@ -6,6 +6,7 @@ that are meant get these names; what is quoted keeps its letters, which are noth
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -52,10 +53,12 @@ class Guard:
         """
         if _OPEN in rendered.text or _CLOSE in rendered.text:
             raise Fault("a noncharacter (U+FDD0 or U+FDD1) beside a quoted control token", "a text without it")
-        ends = sorted({0, len(rendered.text), *(end for span in (*rendered.supervised, *rendered.quoted) for end in span)})
+        ends = sorted(
+            {0, len(rendered.text), *(end for span in (*rendered.supervised, *rendered.quoted) for end in span)}
+        )
         quoted = set(rendered.quoted)
         moved, parts, length = {0: 0}, [], 0
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in itertools.pairwise(ends):
             inside = any(first <= start and end <= last for first, last in quoted)
             part = rendered.text[start:end]
             parts.append(part if inside else self._any.sub(lambda found: self._renamed[found[0]], part))

@@ -197,7 +197,7 @@ def _ledger(
     return LengthLedger(total=_added(losses), by_source=by_source, longest=longest, seq_len=seq_len)
 
 
-def _by_group(values: NDArray[np.generic], groups: NDArray[np.int32], count: int) -> NDArray[np.float64]:
+def _by_group(values: NDArray[np.generic], groups: NDArray[np.int32], count: int) -> NDArray[np.generic]:
     # Sums of whole numbers in float64 are exact below 2⁵³.
     return np.bincount(groups, weights=values, minlength=count)
 

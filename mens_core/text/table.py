@@ -1,6 +1,6 @@
 """A file's rows as tokens, with what is needed to choose among them: built once, kept in memory or on disk.
 
-    rows ─▶ rendered ─▶ tokenised, a thousand at a time, beside the reading of the next ─▶ flat arrays
+rows ─▶ rendered ─▶ tokenised, a thousand at a time, beside the reading of the next ─▶ flat arrays
 """
 
 from __future__ import annotations

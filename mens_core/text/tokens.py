@@ -1,8 +1,8 @@
 """Token rows: many rows in three flat arrays, in memory or mapped from disk, seen one by one.
 
-    input_ids    t₀ t₁ t₂ t₃ t₄ t₅ t₆ …
-    supervised   ·  ·  ×  ×  ·  ·  × …
-    spans        [0,4) [4,7) …        a row is a span; cutting a row moves its ends and copies nothing
+input_ids    t₀ t₁ t₂ t₃ t₄ t₅ t₆ …
+supervised   ·  ·  ×  ×  ·  ·  × …
+spans        [0,4) [4,7) …        a row is a span; cutting a row moves its ends and copies nothing
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class TokenRows(Sequence[TokenRow]):
 
     def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> TokenRows:
         """The rows at these places, or where this is true; no token is copied."""
-        return attrs.evolve(
-            self, starts=self.starts[places], ends=self.ends[places], trained=self.trained[places]
-        )
+        return attrs.evolve(self, starts=self.starts[places], ends=self.ends[places], trained=self.trained[places])
 
     def cut(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> TokenRows:
         """The rows with these spans instead; their supervised tokens are counted anew."""

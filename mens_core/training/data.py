@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import attrs
 import numpy as np
@@ -21,7 +20,7 @@ from mens_core.sections import DataSpec
 from mens_core.text.cache import cached_table
 from mens_core.text.encode import Encoder
 from mens_core.text.overlong import LengthLedger, fit_rows
-from mens_core.text.table import UNUSABLE_RATING, NO_RATING, Columns, RowTable, Supervision, table_in_memory
+from mens_core.text.table import NO_RATING, UNUSABLE_RATING, Columns, RowTable, Supervision, table_in_memory
 from mens_core.text.tokens import TokenRows
 from mens_core.text.workload import workload
 

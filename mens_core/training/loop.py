@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from mens_core.backend import Backend
-from mens_core.exchange import Batch, StepMetrics
 from mens_core.contract import FineTuneContract
+from mens_core.exchange import Batch, StepMetrics
 from mens_core.text.pack import Batching, pack, total_steps
 from mens_core.text.tokens import TokenRows
 from mens_core.training.guards import check_finite

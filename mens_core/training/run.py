@@ -73,8 +73,13 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
         manifest = Manifest(folder.manifest, plan, backend.plugin)
         try:
             write_json(folder.preflight, _preflight(plan))
-            manifest.update(status="running", pid=os.getpid(), counters=rows.counters(), lengths=rows.ledger.as_dict(),
-                sha256=_hashes(plan))
+            manifest.update(
+                status="running",
+                pid=os.getpid(),
+                counters=rows.counters(),
+                lengths=rows.ledger.as_dict(),
+                sha256=_hashes(plan),
+            )
             with Telemetry(folder.telemetry, [backend.event, *observers]) as telemetry:
                 results, progress = _train(plan, backend, rows, held_out, folder, telemetry)
         except KeyboardInterrupt:
