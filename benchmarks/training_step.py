@@ -34,8 +34,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mens_core.artifacts.adapter import initial_state
 from mens_core.contract import FineTuneContract
 from mens_core.planner import resolve
-from mens_core.text.tokens import TokenRow, TokenRows
 from mens_core.text.pack import Batching, pack
+from mens_core.text.tokens import TokenRow, TokenRows
 
 LENGTHS = (118, 216, 316, 414)
 SUPERVISED = 0.3

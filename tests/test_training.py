@@ -24,8 +24,8 @@ from mens_core.hf.hub import find_model
 from mens_core.hf.layout import GRAPHS
 from mens_core.planner import resolve
 from mens_core.text.encode import Encoder
-from mens_core.text.tokens import TokenRow, TokenRows
 from mens_core.text.pack import Batching, pack
+from mens_core.text.tokens import TokenRow, TokenRows
 
 RUNBOOK = {"lora": "burn_lora", "qlora": "candle_qlora"}
 RUN_FILES = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mens_core.hf.layout import Layout
 from mens_core.text.chat import Chat, ChatML, Rendered, open_chat
 from mens_core.text.guard import Guard
 from mens_core.text.lab import lab_tokenizer
+from mens_core.text.repeated import Repeated
 from mens_core.text.tokens import TokenRow
 
 __all__ = ["Encoder", "open_encoder", "open_tokenizer"]
@@ -118,17 +120,29 @@ class Encoder:
         return tuple(token for token in ids if token is not None)
 
     def _in_pieces(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> Iterable[TokenRow | Fault]:
-        pieces = [_pieces(text, supervised) for text, supervised in texts]
-        encoded = iter(
-            tokenizer.encode_batch_fast([text for row in pieces for text, _ in row], add_special_tokens=False)
-        )
+        known = self._known if tokenizer is self.tokenizer else Repeated(tokenizer, ())
+        pieces = [known.pieces(text, supervised) for text, supervised in texts]
+        unknown = [text for row in pieces for text, ids, _ in row if ids is None]
+        encoded = iter(tokenizer.encode_batch_fast(unknown, add_special_tokens=False))
+        flat: list[int] = []
+        lengths: list[int] = []
+        marks: list[bool] = []
+        ends: list[int] = []
         for row in pieces:
-            ids, mask = list(self.prefix), [False] * len(self.prefix)
-            for _, trained in row:
-                more = next(encoded).ids
-                ids += more
-                mask += [trained] * len(more)
-            yield TokenRow(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+            flat += self.prefix
+            lengths.append(len(self.prefix))
+            marks.append(False)
+            for text, ids, trained in row:
+                found = next(encoded).ids if ids is None else ids
+                if ids is None and not trained:
+                    known.learn(text, found)
+                flat += found
+                lengths.append(len(found))
+                marks.append(trained)
+            ends.append(len(flat))
+        tokens, mask = np.array(flat, np.int32), np.repeat(np.array(marks, np.bool_), lengths)
+        for start, end in itertools.pairwise([0, *ends]):
+            yield TokenRow(tokens[start:end], mask[start:end])
 
     def _whole(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> Iterable[TokenRow | Fault]:
         encoded = tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
@@ -165,22 +179,13 @@ class Encoder:
     def _guard(self) -> Guard:
         return Guard(self.tokenizer)
 
+    @functools.cached_property
+    def _known(self) -> Repeated:
+        return Repeated(self.tokenizer, self.chat.end_tags)
+
 
 _Spans = Sequence[tuple[int, int]]
 _Marked = tuple[str, _Spans]
-
-
-def _pieces(text: str, supervised: _Spans) -> list[tuple[str, bool]]:
-    """The text cut at the ends of its supervised spans, each piece with whether it is one."""
-    pieces, at = [], 0
-    for start, end in supervised:
-        if start > at:
-            pieces.append((text[at:start], False))
-        pieces.append((text[start:end], True))
-        at = end
-    if at < len(text):
-        pieces.append((text[at:], False))
-    return pieces
 
 
 def _can_be_cut(tokenizer: Tokenizer) -> bool:

@@ -31,16 +31,18 @@ def pack(rows: Sequence[TokenRow]) -> Batch:
     Raises:
         ValueError: if there is no row.
     """
-    targets = []
-    for row in rows:
-        shifted = np.full(len(row.input_ids), IGNORE, np.int32)
-        shifted[:-1] = np.where(row.supervised[1:], row.input_ids[1:], IGNORE)
-        targets.append(shifted)
+    listed = list(rows)
+    lengths = np.asarray([len(row.input_ids) for row in listed], np.int32)
+    input_ids = np.concatenate([row.input_ids for row in listed])
+    supervised = np.concatenate([row.supervised for row in listed])
+    starts = np.cumsum(lengths) - lengths
+    # What follows a row's last token is the next row's.
+    supervised[starts] = False
     return Batch(
-        input_ids=np.concatenate([row.input_ids for row in rows]),
-        positions=np.concatenate([np.arange(len(row.input_ids), dtype=np.int32) for row in rows]),
-        targets=np.concatenate(targets),
-        row_lengths=np.asarray([len(row.input_ids) for row in rows], np.int32),
+        input_ids=input_ids,
+        positions=np.arange(len(input_ids), dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32),
+        targets=np.append(np.where(supervised[1:], input_ids[1:], IGNORE), IGNORE).astype(np.int32),
+        row_lengths=lengths,
     )
 
 
