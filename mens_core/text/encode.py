@@ -170,10 +170,15 @@ class Encoder:
     def _quoting(self, rendered: Rendered) -> TokenRow | Fault:
         """Encode a conversation that quotes control tokens."""
         guard = self._guard
-        marked = guard.rename(rendered)
         encode = self._in_pieces if self._cuts else self._whole
-        (row,) = encode(guard.tokenizer, [marked])
-        return row if isinstance(row, Fault) else TokenRow(guard.restore(row.input_ids), row.supervised)
+        try:
+            (row,) = encode(guard.tokenizer, [guard.rename(rendered)])
+            if isinstance(row, Fault):
+                return row
+            quoted = (rendered.text[start:end] for start, end in rendered.quoted)
+            return TokenRow(guard.restore(row.input_ids, quoted), row.supervised)
+        except Fault as fault:
+            return fault
 
     @functools.cached_property
     def _guard(self) -> Guard:

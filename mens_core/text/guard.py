@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,8 @@ class Guard:
         self.tokenizer.no_padding()
         renamed = {entry.content: f"{_OPEN}{token}{_CLOSE}" for token, entry in added.items()}
         self.tokenizer.add_tokens([_named(entry, renamed[entry.content]) for entry in added.values()])
-        self._renamed, self._added = renamed, frozenset(added)
+        self._renamed = renamed
+        self._added = {entry.content: token for token, entry in added.items()}
         longest_first = sorted(renamed, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._ids = {self.tokenizer.token_to_id(renamed[entry.content]): token for token, entry in added.items()}
@@ -66,14 +67,19 @@ class Guard:
             moved[end] = length
         return "".join(parts), [(moved[start], moved[end]) for start, end in rendered.supervised]
 
-    def restore(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    def restore(self, ids: NDArray[np.int32], quoted: Iterable[str]) -> NDArray[np.int32]:
         """The original tokenizer's ids.
+
+        Args:
+            ids: of the second tokenizer.
+            quoted: the texts that are quoted.
 
         Raises:
             Fault: if the vocabulary itself reads a quotation as the control token.
         """
         tokens = ids.tolist()
-        if any(token in self._added and token not in self._ids for token in tokens):
+        forged = {self._added.get(text) for text in quoted} - self._ids.keys()
+        if not forged.isdisjoint(tokens):
             raise Fault("a quoted control token that this tokenizer cannot tell from the token", "a text without it")
         return np.fromiter((self._ids.get(token, token) for token in tokens), np.int32, len(tokens))
 

@@ -24,7 +24,7 @@ from mens_core.text.table import NO_RATING, UNUSABLE_RATING, Columns, RowTable, 
 from mens_core.text.tokens import TokenRows
 from mens_core.text.workload import workload
 
-__all__ = ["ReadRows", "RowSample", "check_enough", "load_rows", "sample"]
+__all__ = ["ReadRows", "RowSample", "check_enough", "load_rows", "row_table", "sample"]
 
 # Rows that are tokenised to learn how long a run's rows are; 256 of them take a few hundredths of a second.
 _SAMPLED_ROWS = 256
@@ -91,8 +91,7 @@ def load_rows(
         DataError: if rows are faulty, too many are left out, or none stays.
     """
     data = contract.data
-    read = functools.partial(_told, path, news)
-    table = cached_table(path, content, encoder, Supervision.parse(data.supervise), read)
+    table = row_table(path, content, contract, encoder, news=news)
     table.faults.check(_most_faulty(data))
     chosen, dropped = _choose(table, data)
     rows, ledger = fit_rows(
@@ -106,6 +105,19 @@ def load_rows(
     found = ReadRows(rows=rows, ledger=ledger, skipped=table.faults.by_kind(), **dropped)
     _check_share(path, found, table.faults.lines, data.max_skip_rate)
     return found
+
+
+def row_table(
+    path: Path,
+    content: str,
+    contract: FineTuneContract,
+    encoder: Encoder,
+    *,
+    news: Callable[[int], None] | None = None,
+) -> RowTable:
+    """Every row of a file that can be used, whatever becomes of it; arguments as for ``load_rows``."""
+    supervision = Supervision.parse(contract.data.supervise)
+    return cached_table(path, content, encoder, supervision, functools.partial(_told, path, news))
 
 
 def check_enough(path: Path, rows: ReadRows, least: int) -> None:
