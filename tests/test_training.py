@@ -23,6 +23,7 @@ from mens_core.exchange import NF4Spec, TrainingState
 from mens_core.hf.hub import find_model
 from mens_core.hf.layout import GRAPHS
 from mens_core.planner import resolve
+from mens_core.text.chat import ChatML
 from mens_core.text.encode import Encoder
 from mens_core.text.pack import Batching, pack
 from mens_core.text.tokens import TokenRow, TokenRows
@@ -443,6 +444,7 @@ def test_an_answer_ends_at_an_end_tag_that_is_spelled_in_several_tokens(fields, 
     (data / "train.jsonl").write_text('{"prompt": "q", "response": "ab"}\n' * 2)
     steps = {"max_steps": 60, "epochs": 60, "grad_accum": 1}
     result = Planner().run(**{**fields, "model": model, "data_dir": data, **steps})
-    assert len(Encoder(Tokenizer.from_file(f"{model}/tokenizer.json")).stop_tokens()) == 1  # the end of the text alone
+    untagged = Tokenizer.from_file(f"{model}/tokenizer.json")
+    assert len(Encoder(untagged, ChatML(untagged)).stop_tokens()) == 1  # the end of the text alone
     assert result.losses[-1] < 0.1
     assert mens_core.generate("q", adapter=result.adapter_dir, backend="torch", max_new_tokens=60) == "ab"

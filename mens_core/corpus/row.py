@@ -34,7 +34,8 @@ class Turn:
 
     Attributes:
         role: one of ``ROLES``.
-        content: the text exactly as it stands in the file; blank only where the turn has tool calls.
+        content: the text exactly as it stands in the file; blank only in a turn that has
+            tool calls, and in a tool's that had nothing to say.
         reasoning: what an assistant thought before it answered; empty without such a part.
         tool_calls: an assistant's calls, in order.
         name: of the tool that a tool turn answers for, or of the speaker; empty without one.
