@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+from typing import TYPE_CHECKING
 
 from mens_core.errors import printable
-from mens_core.preview import Preview, ShownRow
+
+if TYPE_CHECKING:
+    from mens_core.preview import Preview, ShownRow
 
 __all__ = ["preview_page", "preview_text"]
 

@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+import mens_core
 from mens_core import drawing, report
 from mens_core.artifacts.files import write_text
 from mens_core.cli.flags import add_contract_flags, add_layer_flags, given_fields
 from mens_core.config import build_contract
-from mens_core.preview import preview_rows
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     contract = build_contract(
         ("flag", given_fields(arguments)), config=arguments.config, preset=arguments.preset, trains=False
     )
-    preview = preview_rows(
+    preview = mens_core.preview_rows(
         contract,
         first=arguments.first,
         lines=arguments.row or (),

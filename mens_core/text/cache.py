@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ LIMIT_BYTES = 20 << 30
 
 _FORMAT = "mens.tokens.v1"
 _IDS, _MASK, _INDEX, _TABLE = "tokens.i32", "mask.u8", "index.npz", "table.json"
+_HALF_MADE, _SECONDS_TO_MAKE = ".tmp", 7 * 24 * 3600
 _ARRAYS = ("lines", "source", "ratings", "context")
 
 
@@ -85,7 +87,7 @@ def cached_table(
 
 def _write(folder: Path, rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_HALF_MADE}")
     temporary.mkdir()
     try:
         with (temporary / _IDS).open("xb") as ids, (temporary / _MASK).open("xb") as mask:
@@ -144,12 +146,15 @@ def _mapped(file: Path, dtype: Any, count: int) -> Any:
 
 
 def _make_room(folder: Path, needed: int) -> None:
-    """Remove those unused for longest until what is coming finds room."""
-    kept = [(entry / _TABLE, entry) for entry in folder.iterdir() if (entry / _TABLE).is_file()]
-    oldest_first = sorted(kept, key=lambda found: found[0].stat().st_mtime)
-    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for _, entry in oldest_first}
+    """Remove what runs that died left half made, and those unused for longest until what is coming finds room."""
+    entries = list(folder.iterdir())
+    for entry in entries:
+        if entry.suffix == _HALF_MADE and entry.stat().st_mtime < time.time() - _SECONDS_TO_MAKE:
+            shutil.rmtree(entry, ignore_errors=True)
+    kept = [entry for entry in entries if (entry / _TABLE).is_file() and entry.suffix != _HALF_MADE]
+    sizes = {entry: sum(file.stat().st_size for file in entry.iterdir()) for entry in kept}
     total = needed + sum(sizes.values())
-    for _, entry in oldest_first:
+    for entry in sorted(kept, key=lambda entry: (entry / _TABLE).stat().st_mtime):
         if total <= LIMIT_BYTES:
             return
         shutil.rmtree(entry, ignore_errors=True)
