@@ -1,0 +1,99 @@
+"""``corpus pairs``: prompt and response rows from source code and documents."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mens_core import report
+from mens_core.corpus.pairs import EVAL_FRACTION, MAX_CHARS, MIN_CHARS, write_pairs
+from mens_core.corpus.sources import EXCLUDED_FOLDERS
+
+__all__ = ["add_arguments", "run"]
+
+_DESCRIPTION = """\
+Cuts every Python function into signature, docstring and body, and asks for each from the others; asks for the
+code blocks of Markdown files from the text around them, and the other way round. Writes three files:
+
+  train.jsonl    the rows to train on, one JSON object a line
+  eval.jsonl     rows held out by content; they share no prompt and no response with train.jsonl
+  metadata.json  how many rows of which kind, and what was left out for which reason
+
+The same sources and settings give the same bytes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``corpus pairs``."""
+    parser.description = _DESCRIPTION
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="a folder, read with all below it, or a file: .py, .md or .markdown",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the three files; made if missing",
+    )
+    parser.add_argument(
+        "--eval-fraction",
+        type=float,
+        default=EVAL_FRACTION,
+        metavar="SHARE",
+        help="share held out, from 0 to less than 1; 0 writes no eval.jsonl (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="another seed holds out other rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min-chars",
+        type=int,
+        default=MIN_CHARS,
+        metavar="N",
+        help="leave out responses shorter than this, in characters (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-chars",
+        type=int,
+        default=MAX_CHARS,
+        metavar="N",
+        help="leave out rows longer than this, in characters of prompt and response together; a token is "
+        "3 to 4 characters of code in a usual vocabulary, one byte in the lab's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=None,
+        metavar="NAME",
+        help="do not enter folders of this name, repeatable; added to "
+        f"{', '.join(EXCLUDED_FOLDERS)}, hidden folders and virtual environments, which are never entered",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that --output already holds")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the corpus and say what came of it; returns 0.
+
+    Raises:
+        DataError: as ``write_pairs`` does.
+    """
+    written = write_pairs(
+        arguments.sources,
+        arguments.output,
+        eval_fraction=arguments.eval_fraction,
+        seed=arguments.seed,
+        min_chars=arguments.min_chars,
+        max_chars=arguments.max_chars,
+        exclude=(*EXCLUDED_FOLDERS, *(arguments.exclude or ())),
+        overwrite=arguments.overwrite,
+    )
+    report.say(written.text())
+    return 0
