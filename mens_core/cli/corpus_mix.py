@@ -10,9 +10,9 @@ from mens_core.corpus.mix import mix
 from mens_core.corpus.mix_config import DEFAULT_MIX
 from mens_core.corpus.mix_report import MixReport, SourceReport
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Mixes files of rows as a YAML file says:
 
   sources:
@@ -32,6 +32,7 @@ _REASONS = {"lane": "of another lane", "sample_rate": "by sample_rate", "duplica
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``corpus mix``."""
+    parser.description = _DESCRIPTION
     parser.add_argument(
         "--config",
         type=Path,

@@ -183,10 +183,10 @@ def _write(
             sha256[eval_path.name] = _copy(gathered, kept, files[0])
         found = _read_back(files[-1], files[0] if kept else None, gathered.apart.labels(), len(order) + len(kept))
         report = MixReport(
-            config=str(config_path),
-            output=str(target),
-            eval_output=str(eval_path) if kept else None,
-            report=str(report_path),
+            config=config_path,
+            output=target,
+            eval_output=eval_path if kept else None,
+            report=report_path,
             seed=config.seed,
             eval_fraction=config.eval_fraction,
             dedup=config.dedup,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -77,10 +78,10 @@ class MixReport:
         sha256: of the files written, by name.
     """
 
-    config: str
-    output: str
-    eval_output: str | None
-    report: str
+    config: Path
+    output: Path
+    eval_output: Path | None
+    report: Path
     seed: int
     eval_fraction: float
     dedup: bool
@@ -97,4 +98,8 @@ class MixReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as it is written beside the rows."""
-        return {"schema_version": SCHEMA_VERSION, **attrs.asdict(self)}
+
+        def plain(_: object, __: object, value: Any) -> Any:
+            return str(value) if isinstance(value, Path) else value
+
+        return {"schema_version": SCHEMA_VERSION, **attrs.asdict(self, value_serializer=plain)}
