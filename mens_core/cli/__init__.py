@@ -23,7 +23,7 @@ VERBS = {
     "plan": "say what a run would do, need and take, without spending anything",
     "train": "train a LoRA or QLoRA adapter",
     "generate": "answer a prompt with a base and, if given, its adapter",
-    "corpus": "make training rows from source code and documents",
+    "corpus": "make, mix and examine the rows to train on",
     "data": "show the rows as training sees them",
     "presets": "list the named settings",
     "backends": "list the compute backends, installed and missing",

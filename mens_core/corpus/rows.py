@@ -36,7 +36,7 @@ _TEXTS = ("prompt", "instruction", "input", "response", "output", "system")
 _READ = frozenset({*_TEXTS, "turns", "messages", "conversations", "tools", "source"})
 
 
-def iter_rows(path: Path, faults: Faults) -> Iterator[Row]:
+def iter_rows(path: Path, faults: Faults, read: Callable[[Mapping[str, Any], int], Row] | None = None) -> Iterator[Row]:
     """Yield the usable rows of a file as it is read, in its order.
 
     Args:
@@ -44,14 +44,16 @@ def iter_rows(path: Path, faults: Faults) -> Iterator[Row]:
             line ends are accepted. One line at a time is in memory.
         faults: the other rows are booked here; ``faults.lines`` counts every line. Nothing is refused for them
             until ``faults.check`` is asked.
+        read: (parsed line, its number) → row, or ``Fault``; ``row_of`` if not given.
 
     Raises:
         DataError: if the file is missing, is no file, is empty, or is packed and damaged.
     """
+    read = read or row_of
     for text in read_lines(path):
         faults.lines += 1
         try:
-            row = _row(text, faults.lines)
+            row = read(read_object(text, FORMS), faults.lines)
         except Fault as fault:
             faults.add(fault, faults.lines)
         else:
@@ -111,13 +113,9 @@ def sample_rows(path: Path, most: int) -> tuple[list[Row], int, int]:
 
 def _usable(text: bytes, line: int) -> Row | None:
     try:
-        return _row(text, line)
+        return row_of(read_object(text, FORMS), line)
     except Fault:
         return None
-
-
-def _row(text: bytes, line: int) -> Row:
-    return row_of(read_object(text, FORMS), line)
 
 
 def row_of(record: Mapping[str, Any], line: int) -> Row:
