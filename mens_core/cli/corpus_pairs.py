@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mens_core import report
-from mens_core.corpus.near_duplicates import SIMILARITY
+from mens_core.corpus.pair import SIMILARITY
 from mens_core.corpus.pairs import EVAL_FRACTION, MAX_CHARS, MIN_CHARS, MULTI_TURN, NEGATIVES, write_pairs
 from mens_core.corpus.sources import EXCLUDED_FOLDERS
 

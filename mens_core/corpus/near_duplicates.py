@@ -15,10 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from rensa import RMinHash, RMinHashLSH
 
-__all__ = ["SIMILARITY", "NearDuplicates", "similarity"]
-
-#: Default threshold, the one of The Stack (Kocetkov et al., 2022, arXiv 2211.15533).
-SIMILARITY = 0.85
+__all__ = ["NearDuplicates", "similarity"]
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _SHINGLE_TOKENS = 5

@@ -24,7 +24,7 @@ import attrs
 
 from mens_core.atomic import replacing
 from mens_core.corpus.collector import Collector
-from mens_core.corpus.near_duplicates import SIMILARITY, NearDuplicates
+from mens_core.corpus.pair import SIMILARITY
 from mens_core.corpus.pairs_report import PARTS, PairsReport, tally_lines
 from mens_core.corpus.python_pairs import Shares
 from mens_core.corpus.sources import EXCLUDED_FOLDERS, find_sources
@@ -139,6 +139,9 @@ def write_pairs(
     )
     settings.check()
     _check_output(output, overwrite=overwrite)
+    # heavy: NumPy, which no help text waits for
+    from mens_core.corpus.near_duplicates import NearDuplicates  # noqa: PLC0415
+
     with tempfile.TemporaryFile() as spool, tempfile.TemporaryFile() as texts:
         collector = Collector(
             spool,

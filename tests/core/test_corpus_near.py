@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mens_core.corpus.collector import NEAR
-from mens_core.corpus.near_duplicates import SIMILARITY, NearDuplicates, similarity
+from mens_core.corpus.near_duplicates import NearDuplicates, similarity
+from mens_core.corpus.pair import SIMILARITY
 from mens_core.corpus.pairs import write_pairs
 
 
