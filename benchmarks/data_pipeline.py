@@ -5,7 +5,7 @@
     peer    datasets: load, map(apply_chat_template with the assistant's mask)
 
 All on one core, in turns, in CPU seconds; ids and masks are compared first. Then memory with four times the rows, and
-the second start on a million rows. Real text: the source of Python's standard library, under a vocabulary trained on it.
+the second start on a million. Real text: the source of Python's standard library, under a vocabulary trained on it.
 
     make bench-data
 """
