@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mens_core.contract import FineTuneContract
+    from mens_core.corpus.mix import mix
     from mens_core.corpus.pairs import write_pairs
     from mens_core.doctor import examine
     from mens_core.errors import MensError
@@ -60,6 +61,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
     "measure_speeds": "measuring",
+    "mix": "corpus.mix",
     "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
 }
@@ -89,6 +91,7 @@ __all__ = [
     "hookimpl",
     "installed_backends",
     "measure_speeds",
+    "mix",
     "write_pairs",
     "write_random_model",
 ]
