@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mens_core.plan import BaseWeights, ExecutionPlan, GateVerdict, KernelOffer, Machine, Speed, Workload
     from mens_core.planner import Planner
     from mens_core.plugins import BackendInfo, installed_backends
+    from mens_core.preview import preview_rows
     from mens_core.random_model import write_random_model
     from mens_core.training.run import RunResult
 
@@ -62,6 +63,7 @@ _HOMES = {
     "installed_backends": "plugins",
     "measure_speeds": "measuring",
     "mix": "corpus.mix",
+    "preview_rows": "preview",
     "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
 }
@@ -92,6 +94,7 @@ __all__ = [
     "installed_backends",
     "measure_speeds",
     "mix",
+    "preview_rows",
     "write_pairs",
     "write_random_model",
 ]

@@ -120,6 +120,7 @@ def test_the_public_surface_is_what_it_says():
         "installed_backends",
         "measure_speeds",
         "mix",
+        "preview_rows",
         "write_pairs",
         "write_random_model",
     ]

@@ -24,6 +24,7 @@ VERBS = {
     "train": "train a LoRA or QLoRA adapter",
     "generate": "answer a prompt with a base and, if given, its adapter",
     "corpus": "make, mix and examine the rows to train on",
+    "data": "show the rows as training sees them",
     "presets": "list the named settings",
     "backends": "list the compute backends, installed and missing",
     "doctor": "examine this machine and installation, and say which kernels can run",

@@ -14,7 +14,7 @@ __all__ = ["SUB_VERBS", "add_arguments", "run"]
 
 #: Sub-verb → (what it is for, its module).
 SUB_VERBS: dict[str, tuple[str, ModuleType]] = {
-    "pairs": ("pairs of prompt and response from Python and Markdown files", corpus_pairs),
+    "pairs": ("rows of prompt and response from Python, Markdown and validated code", corpus_pairs),
     "mix": ("rows of several sources in the shares that were asked for", corpus_mix),
     "stats": ("what is in files of rows", corpus_stats),
     "validate": ("everything that is wrong with files of rows", corpus_validate),

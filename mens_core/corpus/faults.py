@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import attrs
 
@@ -103,6 +103,18 @@ class Faults:
                 where=self.path,
                 fix="correct these lines, or delete them; no row of the file has been used",
             )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON; ``from_dict`` reads it."""
+        return {"lines": self.lines, "kinds": [[kind, *entry] for kind, entry in self._kinds.items()]}
+
+    @classmethod
+    def from_dict(cls, path: Path, stored: Mapping[str, Any]) -> Self:
+        """The faults of ``as_dict``."""
+        faults = cls(path)
+        faults.lines = stored["lines"]
+        faults._kinds = {kind: (expected, count, lines) for kind, expected, count, lines in stored["kinds"]}
+        return faults
 
     def text(self) -> str:
         """How many rows are faulty, and every kind: rows, first lines, what was expected."""

@@ -1,23 +1,32 @@
-r"""Turns → ChatML text in segments, each marked as tag or content, supervised or not.
-
-    <|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n{content}<|im_end|>
-
-No newline follows the last turn. Supervised are the assistant's contents, each with its end tag; nothing else.
-Cutting the text at the tags before it is tokenised makes the mask exact, and lets the content be encoded with
-special tokens off, so that a role tag quoted inside a content never becomes a control token.
-"""
+"""How a model's conversations are written: by its own chat template, in ChatML where it has none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import attrs
+from tokenizers import Tokenizer
 
 from mens_core.corpus.row import Turn
+from mens_core.text.chatml import TURN_END, TURN_START, ChatML
+from mens_core.text.rendered import Chat, Rendered
 
-__all__ = ["TURN_END", "TURN_START", "Segment", "opening", "segments"]
+__all__ = ["TURN_END", "TURN_START", "Chat", "ChatML", "Rendered", "Segment", "open_chat", "opening", "segments"]
 
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
+def open_chat(folder: Path, tokenizer: Tokenizer) -> Chat:
+    """The way in which a model's conversations are written.
+
+    Args:
+        folder: of the model.
+        tokenizer: of the model.
+
+    Raises:
+        ModelError: if a chat template, or the file that holds it, is malformed.
+    """
+    del folder
+    return ChatML(tokenizer)
 
 
 @attrs.frozen
