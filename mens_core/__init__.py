@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mens_core.contract import FineTuneContract
+    from mens_core.corpus.mix import mix
     from mens_core.corpus.pairs import write_pairs
     from mens_core.doctor import examine
     from mens_core.errors import MensError
@@ -61,6 +62,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
     "measure_speeds": "measuring",
+    "mix": "corpus.mix",
     "preview_rows": "preview",
     "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
@@ -91,6 +93,7 @@ __all__ = [
     "hookimpl",
     "installed_backends",
     "measure_speeds",
+    "mix",
     "preview_rows",
     "write_pairs",
     "write_random_model",
