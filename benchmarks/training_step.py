@@ -34,8 +34,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from mens_core.artifacts.adapter import initial_state
 from mens_core.contract import FineTuneContract
 from mens_core.planner import resolve
-from mens_core.text.encode import TokenRow
-from mens_core.text.pack import pack, run_shape
+from mens_core.text.pack import Batching, pack
+from mens_core.text.tokens import TokenRow, TokenRows
 
 LENGTHS = (118, 216, 316, 414)
 SUPERVISED = 0.3
@@ -83,7 +83,7 @@ def _our_step(model_dir: Path, rows: list[TokenRow], kernel: str, dtype: str) ->
         trains=False, model=str(model_dir), backend=kernel, dtype=dtype, rank=RANK, alpha=2.0 * RANK, device="cpu"
     )
     plan, backend = resolve(contract, trains=False)
-    session = backend.open(plan, run_shape(rows, batch_size=len(rows), grad_accum=1, seed=0, epochs=1))
+    session = backend.open(plan, Batching(batch_size=len(rows), grad_accum=1, seed=0).shape(TokenRows.of(rows), 1))
     session = backend.restore(session, initial_state(backend.state(session).adapter, seed=0))
     window = [pack(rows)]
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mens_core.plan import BaseWeights, ExecutionPlan, GateVerdict, KernelOffer, Machine, Speed, Workload
     from mens_core.planner import Planner
     from mens_core.plugins import BackendInfo, installed_backends
+    from mens_core.preview import preview_rows
     from mens_core.random_model import write_random_model
     from mens_core.training.run import RunResult
 
@@ -60,6 +61,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
     "measure_speeds": "measuring",
+    "preview_rows": "preview",
     "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
 }
@@ -89,6 +91,7 @@ __all__ = [
     "hookimpl",
     "installed_backends",
     "measure_speeds",
+    "preview_rows",
     "write_pairs",
     "write_random_model",
 ]

@@ -23,13 +23,16 @@ from mens_core.strict_yaml import read_mapping
 __all__ = ["build_contract", "read_config"]
 
 
-def build_contract(given: Layer, *, config: str | Path | None = None, preset: str | None = None) -> FineTuneContract:
+def build_contract(
+    given: Layer, *, config: str | Path | None = None, preset: str | None = None, trains: bool = True
+) -> FineTuneContract:
     """Bring file, preset and explicit fields together.
 
     Args:
         given: where the explicit fields come from, for people, and the fields.
         config: a YAML file.
         preset: name of a preset; wins over the file.
+        trains: whether data and output folder are required.
 
     Raises:
         ContractError: listing every problem; or the file cannot be read, or there is no such preset.
@@ -39,7 +42,7 @@ def build_contract(given: Layer, *, config: str | Path | None = None, preset: st
         layers += read_config(Path(config))
     if preset is not None:
         layers.append((f"preset {preset}", preset_fields(preset)))
-    return FineTuneContract.from_layers([*layers, given])
+    return FineTuneContract.from_layers([*layers, given], trains=trains)
 
 
 def read_config(path: Path) -> list[Layer]:

@@ -31,8 +31,8 @@ __all__ = [
     "step_seconds",
 ]
 
-# Four of an id and one of its mask; two arrays, a record, and a row's text with its metadata.
-_BYTES_A_TOKEN, _BYTES_A_ROW = 5, 2000
+# Four of an id and one of its mask, mapped from disk; a row's places, counts and order.
+_BYTES_A_TOKEN, _BYTES_A_ROW = 5, 100
 
 COSTS = (
     "products",
@@ -102,11 +102,7 @@ def standing_memory(weights: BaseWeights, contract: FineTuneContract, dtype: str
 
 
 def rows_memory(workload: Workload) -> int:
-    """Bytes of host memory that the rows take: ids and mask, and what Python needs for each row and its text.
-
-    Measured with 10 to 33 thousand rows of 135 to 260 tokens: within 40 MiB. What the tokenizer makes on the way is
-    freed before the model is loaded.
-    """
+    """Bytes of host memory that the rows take once all have been looked at: mapped ids and masks, and an index."""
     return int(workload.rows * (_BYTES_A_ROW + _BYTES_A_TOKEN * workload.row_tokens))
 
 

@@ -19,7 +19,7 @@ import attrs
 
 from mens_core.errors import ContractError
 
-__all__ = ["choice", "integer", "names", "number", "path", "size", "switch", "text", "written_size"]
+__all__ = ["choice", "integer", "names", "number", "path", "pattern", "size", "switch", "text", "written_size"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?b?)")
 _UNITS = {"": 1, "b": 1} | {
@@ -144,6 +144,17 @@ def text(default: str | None, help_text: str, **extra: Any) -> Any:
         if (value is None and default is None) or (isinstance(value, str) and value.strip()):
             return None
         return "must be a text that is not empty"
+
+    return _field(default, help_text, parse=str, check=check, **extra)
+
+
+def pattern(default: str, expression: str, help_text: str, **extra: Any) -> Any:
+    """A word of a certain form; the metavar says which."""
+
+    def check(value: object) -> str | None:
+        if isinstance(value, str) and re.fullmatch(expression, value):
+            return None
+        return f"must be one of {extra['metavar'].replace('|', ', ')}"
 
     return _field(default, help_text, parse=str, check=check, **extra)
 

@@ -9,13 +9,13 @@ from typing import Any
 from mens_core.artifacts.adapter import read_adapter, read_adapter_config
 from mens_core.artifacts.rundir import MANIFEST
 from mens_core.contract import FineTuneContract
+from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import Turn
 from mens_core.errors import ModelError
 from mens_core.exchange import BatchShape, GenerateSettings, TrainingState
 from mens_core.gates import refuse_failed
 from mens_core.planner import resolve
-from mens_core.text.chat import TURN_END, opening
-from mens_core.text.encode import Encoder, open_tokenizer
+from mens_core.text.encode import open_encoder
 
 __all__ = ["generate"]
 
@@ -63,8 +63,11 @@ def generate(
     contract = FineTuneContract.from_fields(trains=False, **((_adapter_fields(folder) if folder else {}) | given))
     plan, backend = resolve(contract, trains=False)
     refuse_failed(plan.preflight, "preflight refuses the base")
-    encoder = Encoder(open_tokenizer(plan.tokenizer_file, plan.layout))
-    ids = encoder.encode([opening([Turn(role="user", content=prompt)])])[0].input_ids
+    encoder = open_encoder(plan.tokenizer, plan.tokenizer_file, plan.model_dir, plan.layout)
+    try:
+        ids = encoder.prompt(encoder.chat.prompt([Turn(role="user", content=prompt)]))
+    except Fault as fault:
+        raise ModelError(f"the prompt cannot be written: {fault.kind}", expected=fault.expected) from fault
     room = plan.layout.max_positions - len(ids)
     if room < 1:
         raise ModelError(f"the prompt has {len(ids)} tokens", expected=f"fewer than {plan.layout.max_positions}")
@@ -74,11 +77,12 @@ def generate(
         state = TrainingState(adapter=read_adapter(folder), optimizer={}, step=0)
         session = backend.restore(session, state)
     settings = GenerateSettings(max_new_tokens=min(max_new_tokens, room), stop_tokens=encoder.stop_tokens())
-    answer = backend.generate(session, ids.tolist(), settings)
+    answer = backend.generate(session, ids, settings)
     if answer and answer[-1] in settings.stop_tokens:
         answer = answer[:-1]
-    # A tokenizer without ChatML's tags spells the end tag in several tokens, which stop no decoding.
-    return encoder.tokenizer.decode(answer, skip_special_tokens=False).partition(TURN_END)[0]
+    text = encoder.tokenizer.decode(answer, skip_special_tokens=False)
+    # A tokenizer without the template's tags spells an end tag in several tokens, which stop no decoding.
+    return min((text.partition(tag)[0] for tag in encoder.chat.end_tags), key=len, default=text)
 
 
 def _adapter_fields(folder: Path) -> dict[str, Any]:

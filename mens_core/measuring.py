@@ -31,8 +31,8 @@ from mens_core.planner import resolve
 from mens_core.plugins import installed_backends
 from mens_core.random_model import Size, write_random_weights
 from mens_core.speeds import store_speed
-from mens_core.text.encode import TokenRow
-from mens_core.text.pack import pack, run_shape
+from mens_core.text.pack import Batching, pack
+from mens_core.text.tokens import TokenRow, TokenRows
 
 __all__ = ["fit_seconds", "measure_speed", "measure_speeds"]
 
@@ -194,7 +194,7 @@ def _non_negative(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> N
 def _timings(probe: _Probe, plan: ExecutionPlan, backend: Backend) -> Iterator[tuple[dict[str, float], float]]:
     """(costs, seconds) of each of the probe's windows."""
     rows, most = _rows(probe), max(probe.batches)
-    shape = run_shape(rows * most, batch_size=probe.rows, grad_accum=most, seed=0, epochs=1)
+    shape = Batching(batch_size=probe.rows, grad_accum=most, seed=0).shape(TokenRows.of(rows * most), 1)
     session = backend.open(plan, shape)
     session = backend.restore(session, initial_state(backend.state(session).adapter, seed=0))
     parameters = sum(math.prod(tensor) for tensor in tensor_shapes(plan.layout).values())

@@ -195,6 +195,8 @@ class ExecutionPlan:
         weights: what the headers of the base's files say.
         coverage: of the attention output projections, see ``Coverage``.
         workload: how much there is to train on; None where nothing is trained.
+        lengths: what the length of the rows costs by ``LengthLedger``, of the rows that were looked at; None where
+            nothing is trained.
         limit_bytes: most memory the run may need.
         offers: every backend's answer that was asked for.
         not_taken: every other kernel that is installed → why it was not taken.
@@ -222,6 +224,7 @@ class ExecutionPlan:
     limit_bytes: int
     coverage: Coverage
     workload: Workload | None = None
+    lengths: Mapping[str, Any] | None = None
     tokenizer_file: Path | None = None
     train_file: Path | None = None
     eval_file: Path | None = None
@@ -258,6 +261,7 @@ class ExecutionPlan:
             "contract_digest": self.contract_digest,
             "contents": dict(self.contents),
             "workload": attrs.asdict(self.workload) if self.workload else None,
+            "lengths": self.lengths,
             "estimate": self.estimate(),
             "limit_bytes": self.limit_bytes,
             "offers": [attrs.asdict(offer) for offer in self.offers],

@@ -166,13 +166,14 @@ def decide(
         weights=base.weights,
         coverage=base.coverage,
         workload=question.work(contract),
+        lengths=rows.sample.fitted(contract.data)[1].as_dict() if rows else None,
         limit_bytes=choice.limit_bytes,
         offers=choice.offers,
         not_taken=choice.not_taken,
         decided=_decided(base, choice, question),
         gates=(*asked, *base.gates, *(rows.gates if rows else ()), *choice_gates(choice)),
         preflight=preflight,
-        warnings=(*_warnings(base), *_outdated_speed(choice.offer, machine)),
+        warnings=(*_warnings(base), *_overlong(contract, rows), *_outdated_speed(choice.offer, machine)),
     )
     further = choice.backend.gates(contract, plan)
     refuse_failed(further)
@@ -222,7 +223,7 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
         rotary_pairs(base.layout),
         # Of a family the core does not know, it knows the linear layers by guess only.
         *((existing_targets(contract.adapter.targets, base.inventory.linears),) if base.layout.family else ()),
-        *((readable_rows(rows.sample),) if rows else ()),
+        *((readable_rows(rows.sample),) if rows and contract.data.on_bad_row == "error" else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )
 
@@ -234,8 +235,18 @@ def _outdated_speed(offer: KernelOffer, machine: Machine) -> tuple[str, ...]:
 
 
 def _warnings(base: Base) -> tuple[str, ...]:
-    template = "the model ships a chat template of its own; this run renders ChatML instead"
-    return (
-        *((template,) if base.tokenizer == "hf" and base.has_template else ()),
-        *coverage_warning(base.layout, base.inventory, base.coverage),
-    )
+    return (*base.encoder.chat.notes, *coverage_warning(base.layout, base.inventory, base.coverage))
+
+
+def _overlong(contract: FineTuneContract, rows: Rows | None) -> tuple[str, ...]:
+    """What the length will cost, where a sample shows that it costs something."""
+    if rows is None:
+        return ()
+    _, ledger = rows.sample.fitted(contract.data)
+    lost = ledger.total
+    if not lost.rows_overlong:
+        return ()
+    tokens = lost.supervised_tokens_cut + lost.supervised_tokens_dropped
+    which = f"{lost.rows_overlong / lost.rows:.1%} of the rows are longer than {ledger.seq_len} tokens"
+    cost = f"--on-overlong {contract.data.on_overlong} loses {tokens / max(1, lost.supervised_tokens):.1%}"
+    return (f"{which} (the longest: {ledger.longest}); {cost} of the supervised tokens, by {rows.sample.source}",)

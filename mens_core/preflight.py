@@ -119,7 +119,7 @@ def readable_rows(rows: RowSample) -> GateVerdict:
         code="rows_readable",
         passed=not rows.faulty,
         message=f"{which} {rows.sampled} rows can be used" + (f" ({rows.faulty} cannot)" if rows.faulty else ""),
-        fix="python -m mens_core train lists every faulty row of the file",
+        fix="python -m mens_core corpus validate lists every faulty row of a file; --on-bad-row skip leaves them out",
     )
 
 

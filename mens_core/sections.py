@@ -82,9 +82,25 @@ class DataSpec:
     )
     on_overlong: str = fields.choice(
         "auto",
-        ("auto", "drop", "truncate", "error"),
-        "What becomes of a row longer than seq-len: auto drops it, but refuses to lose more than 5 % of the rows. "
-        "Every case is counted, reported and kept in the manifest.",
+        ("auto", "drop", "truncate", "split", "error"),
+        "What becomes of a row longer than seq-len: auto drops it, but refuses to lose more than 5 % of the rows; "
+        "split makes several rows of it. Every case is counted by source, reported and kept in the manifest.",
+    )
+    truncation_side: str = fields.choice(
+        "right", ("right", "left"), "Where on-overlong truncate cuts a row: right keeps its start, left its end."
+    )
+    supervise: str = fields.pattern(
+        "all-assistant",
+        r"all-assistant|last-assistant|suffix-[1-9][0-9]*",
+        "What is trained on: all-assistant, every turn of the assistant with its end of turn; last-assistant, the last "
+        "one alone; suffix-K, the last K of these tokens in a row. Prompts, system texts and tools' answers never are.",
+        metavar="all-assistant|last-assistant|suffix-K",
+    )
+    on_bad_row: str = fields.choice(
+        "error",
+        ("error", "skip"),
+        "What becomes of a row that cannot be used: error refuses the file, with every kind of fault and its first "
+        "lines; skip leaves it out, but not more than max-skip-rate allows, or 5 % of the rows without one.",
     )
     min_rating: int | None = fields.integer(
         None, "Leave out rows rated lower than this; rows without a rating stay.", low=1, high=5
@@ -95,8 +111,8 @@ class DataSpec:
     min_rows: int = fields.integer(1, "Refuse to train on fewer rows than this.", low=1, unit="rows")
     max_skip_rate: float | None = fields.number(
         None,
-        "Largest share of the rows that may be left out, for whatever reason; without it too long rows alone are "
-        "limited, see on-overlong.",
+        "Largest share of the rows that may be left out, for whatever reason; without it too long and faulty rows "
+        "alone are limited, see on-overlong and on-bad-row.",
         low=0.0,
         high=1.0,
         flag="--qlora-max-skip-rate",
@@ -190,7 +206,17 @@ class TrainingSpec:
     epochs: int = fields.integer(3, "Passes over the rows.", low=1)
     max_steps: int | None = fields.integer(None, "Stop after this many optimizer steps.", low=1, unit="steps")
     batch_size: int = fields.integer(
-        4, "Rows in one forward pass; they are packed end to end, not padded.", low=1, unit="rows"
+        4,
+        "Rows in one forward pass, or bins of seq-len tokens with packing; they lie end to end, nothing is padded.",
+        low=1,
+        unit="rows",
+    )
+    packing: str = fields.choice(
+        "none",
+        ("none", "best-fit"),
+        "none takes batch-size rows as they come; best-fit first puts whole rows into bins of seq-len tokens, so that "
+        "every batch is about as large. No row sees another either way.",
+        evidence="best-fit packing truncates nothing (Ding et al. 2024, arXiv:2404.10830)",
     )
     grad_accum: int = fields.integer(4, "Forward passes that share one optimizer step.", low=1, unit="batches")
     learning_rate: float = fields.number(

@@ -14,13 +14,13 @@ from mens_core.contract import FineTuneContract
 from mens_core.corpus.data_dir import DataFiles, find_data
 from mens_core.errors import ContractError
 from mens_core.gates import base_gates, data_gates, folder_gates, refuse_failed
-from mens_core.hf.files import find_file, read_json
+from mens_core.hf.files import find_file
 from mens_core.hf.hub import find_model, hub_inventory
 from mens_core.hf.inventory import Coverage, Inventory, holds_weights, middle_coverage, read_inventory
 from mens_core.hf.keymap import tensor_shapes
 from mens_core.hf.layout import Layout, read_layout
 from mens_core.plan import BaseWeights, GateVerdict
-from mens_core.text.encode import Encoder, open_tokenizer
+from mens_core.text.encode import Encoder, open_encoder
 from mens_core.training.data import RowSample, sample
 
 __all__ = ["Base", "Rows", "look_at_base", "look_at_rows"]
@@ -63,24 +63,14 @@ class Base:
             linears=inventory.linears,
         )
 
-    @property
-    def has_template(self) -> bool:
-        """Whether the folder holds a chat template."""
-        if any((self.folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-            return True
-        path = find_file(self.folder, "tokenizer_config.json")
-        if path is None:
-            return False
-        config = read_json(path, expected="a JSON object")
-        return isinstance(config, dict) and "chat_template" in config
-
     def contents(self) -> dict[str, str]:
         """Sha256 of config and tokenizer under names that hold no path; of the weights, names, types and shapes."""
         files = {"config.json": self.folder / "config.json"}
         files |= {"tokenizer.json": self.tokenizer_file} if self.tokenizer == "hf" else {}
         headers = sorted((name, info.dtype, info.shape) for name, info in self.inventory.tensors.items())
         described = hashlib.sha256(json.dumps(headers).encode()).hexdigest()
-        return {name: sha256_file(path) for name, path in files.items()} | {"weight_headers": described}
+        hashes = {name: sha256_file(path) for name, path in files.items()}
+        return hashes | {"weight_headers": described, "chat": self.encoder.chat.digest}
 
 
 @attrs.frozen(kw_only=True)
@@ -134,7 +124,7 @@ def look_at_base(contract: FineTuneContract, *, weights: bool) -> Base:
         coverage=middle_coverage(layout, inventory.tensors, contract.adapter.method),
         tokenizer=tokenizer,
         tokenizer_file=tokenizer_file,
-        encoder=Encoder(open_tokenizer(tokenizer_file if tokenizer == "hf" else None, layout)),
+        encoder=open_encoder(tokenizer, tokenizer_file, folder, layout),
         gates=(*present, *gates),
     )
 

@@ -119,6 +119,7 @@ def test_the_public_surface_is_what_it_says():
         "hookimpl",
         "installed_backends",
         "measure_speeds",
+        "preview_rows",
         "write_pairs",
         "write_random_model",
     ]

@@ -23,8 +23,10 @@ from mens_core.exchange import NF4Spec, TrainingState
 from mens_core.hf.hub import find_model
 from mens_core.hf.layout import GRAPHS
 from mens_core.planner import resolve
-from mens_core.text.encode import Encoder, TokenRow
-from mens_core.text.pack import pack, run_shape
+from mens_core.text.chat import ChatML
+from mens_core.text.encode import Encoder
+from mens_core.text.pack import Batching, pack
+from mens_core.text.tokens import TokenRow, TokenRows
 
 RUNBOOK = {"lora": "burn_lora", "qlora": "candle_qlora"}
 RUN_FILES = {
@@ -190,7 +192,7 @@ def test_peft_binds_every_tensor_and_computes_the_same_logits(finished, backend,
     ids = np.arange(24, dtype=np.int32) * 17 % 512
     row = TokenRow(ids, np.ones(24, np.bool_))
     plan, loaded = resolve(FineTuneContract.from_fields(**result.manifest["plan"]["contract"]))
-    session = loaded.open(plan, run_shape([row], batch_size=1, grad_accum=1, seed=0, epochs=1))
+    session = loaded.open(plan, Batching(batch_size=1, grad_accum=1, seed=0).shape(TokenRows.of([row]), 1))
     session = loaded.restore(session, TrainingState(adapter=adapter, optimizer={}, step=0))
     ours = loaded.forward(session, pack([row]))
     with torch.no_grad():
@@ -442,6 +444,7 @@ def test_an_answer_ends_at_an_end_tag_that_is_spelled_in_several_tokens(fields, 
     (data / "train.jsonl").write_text('{"prompt": "q", "response": "ab"}\n' * 2)
     steps = {"max_steps": 60, "epochs": 60, "grad_accum": 1}
     result = Planner().run(**{**fields, "model": model, "data_dir": data, **steps})
-    assert len(Encoder(Tokenizer.from_file(f"{model}/tokenizer.json")).stop_tokens()) == 1  # the end of the text alone
+    untagged = Tokenizer.from_file(f"{model}/tokenizer.json")
+    assert len(Encoder(untagged, ChatML(untagged)).stop_tokens()) == 1  # the end of the text alone
     assert result.losses[-1] < 0.1
     assert mens_core.generate("q", adapter=result.adapter_dir, backend="torch", max_new_tokens=60) == "ab"

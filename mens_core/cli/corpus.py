@@ -1,40 +1,44 @@
-"""``corpus``: make the rows that training reads."""
+"""``corpus``: make the rows that training reads, and look at them.
+
+A sub-verb is a module with ``add_arguments(parser)`` and ``run(arguments) -> int``, as a verb is.
+"""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from types import ModuleType
 
-from mens_core import report
-from mens_core.corpus.pairs import EVAL_FRACTION, MAX_CHARS, MIN_CHARS, write_pairs
-from mens_core.corpus.sources import EXCLUDED_FOLDERS
+from mens_core.cli import corpus_mix, corpus_pairs, corpus_show, corpus_stats, corpus_validate
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["SUB_VERBS", "add_arguments", "run"]
 
-_PAIRS_HELP = "pairs of prompt and response from Python and Markdown files"
-_PAIRS_DESCRIPTION = """\
-Cuts every Python function into signature, docstring and body, and asks for each from the others; asks for the
-code blocks of Markdown files from the text around them, and the other way round. Writes three files:
-
-  train.jsonl    the rows to train on, one JSON object a line
-  eval.jsonl     rows held out by content; they share no prompt and no response with train.jsonl
-  metadata.json  how many rows of which kind, and what was left out for which reason
-
-The same sources and settings give the same bytes."""
+#: Sub-verb → (what it is for, its module).
+SUB_VERBS: dict[str, tuple[str, ModuleType]] = {
+    "pairs": ("rows of prompt and response from Python, Markdown and validated code", corpus_pairs),
+    "mix": ("rows of several sources in the shares that were asked for", corpus_mix),
+    "stats": ("what is in files of rows", corpus_stats),
+    "validate": ("everything that is wrong with files of rows", corpus_validate),
+    "show": ("rows as a person reads them", corpus_show),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-verbs of ``corpus`` and their flags."""
     verbs = parser.add_subparsers(title="sub-verbs", dest="corpus_verb", metavar="SUB-VERB", required=True)
-    pairs = verbs.add_parser(
-        "pairs",
-        help=_PAIRS_HELP,
-        description=_PAIRS_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_pairs_arguments(pairs)
-    pairs.set_defaults(run_corpus_verb=_run_pairs)
+    for name, (purpose, module) in SUB_VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(verb)
+        # The verb has this flag too; here it may stand behind the sub-verb, where one writes it.
+        verb.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the full trace of an error"
+        )
+        verb.set_defaults(run_corpus_verb=module.run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,77 +49,3 @@ def run(arguments: argparse.Namespace) -> int:
     """
     status: int = arguments.run_corpus_verb(arguments)
     return status
-
-
-def _add_pairs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        type=Path,
-        metavar="SOURCE",
-        help="a folder, read with all below it, or a file: .py, .md or .markdown",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder for the three files; made if missing",
-    )
-    parser.add_argument(
-        "--eval-fraction",
-        type=float,
-        default=EVAL_FRACTION,
-        metavar="SHARE",
-        help="share held out, from 0 to less than 1; 0 writes no eval.jsonl (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="another seed holds out other rows (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--min-chars",
-        type=int,
-        default=MIN_CHARS,
-        metavar="N",
-        help="leave out responses shorter than this, in characters (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-chars",
-        type=int,
-        default=MAX_CHARS,
-        metavar="N",
-        help="leave out rows longer than this, in characters of prompt and response together; a token is "
-        "3 to 4 characters of code in a usual vocabulary, one byte in the lab's (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--exclude",
-        action="append",
-        default=None,
-        metavar="NAME",
-        help="do not enter folders of this name, repeatable; added to "
-        f"{', '.join(EXCLUDED_FOLDERS)}, hidden folders and virtual environments, which are never entered",
-    )
-    # The verb has this flag too; here it may stand behind the sub-verb, where one writes it.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the full trace of an error"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that --output already holds")
-
-
-def _run_pairs(arguments: argparse.Namespace) -> int:
-    written = write_pairs(
-        arguments.sources,
-        arguments.output,
-        eval_fraction=arguments.eval_fraction,
-        seed=arguments.seed,
-        min_chars=arguments.min_chars,
-        max_chars=arguments.max_chars,
-        exclude=(*EXCLUDED_FOLDERS, *(arguments.exclude or ())),
-        overwrite=arguments.overwrite,
-    )
-    report.say(written.text())
-    return 0

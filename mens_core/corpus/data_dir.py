@@ -13,6 +13,8 @@ from mens_core.strict_yaml import read_mapping
 __all__ = ["DataFiles", "find_data"]
 
 _CONTRACT = "training_contract.yaml"
+# As it stands, packed by gzip, packed by Zstandard.
+_FORMS = ("", ".gz", ".zst")
 _NAMED = {"train_path": "the rows to train on", "eval_path": "the held-out rows"}
 
 
@@ -32,16 +34,29 @@ class DataFiles:
 def find_data(folder: Path) -> DataFiles:
     """Look in a folder: what its ``training_contract.yaml`` names, else ``train.jsonl``, else ``validated.jsonl``.
 
-    The held-out rows are those that the same file names, else ``eval.jsonl``, else none.
+    The held-out rows are those that the same file names, else ``eval.jsonl``, else none. A name that is not named
+    in the file may end in ``.gz`` or ``.zst``.
 
     Raises:
-        DataError: if ``training_contract.yaml`` is malformed or names a file that is not there.
+        DataError: if ``training_contract.yaml`` is malformed or names a file that is not there, or one name stands
+            in the folder in two forms.
     """
     named = _named(folder / _CONTRACT)
-    first, second = folder / "train.jsonl", folder / "validated.jsonl"
-    train = named.get("train_path") or (second if second.is_file() and not first.is_file() else first)
-    held_out = named.get("eval_path") or folder / "eval.jsonl"
-    return DataFiles(train, held_out if held_out.is_file() else None)
+    train = named.get("train_path") or _present(folder, "train.jsonl") or _present(folder, "validated.jsonl")
+    held_out = named.get("eval_path") or _present(folder, "eval.jsonl")
+    return DataFiles(train or folder / "train.jsonl", held_out)
+
+
+def _present(folder: Path, name: str) -> Path | None:
+    found = [path for form in _FORMS if (path := folder / f"{name}{form}").is_file()]
+    if len(found) > 1:
+        raise DataError(
+            f"{name} stands in the folder in {len(found)} forms",
+            where=", ".join(map(str, found)),
+            expected="one of them",
+            fix="delete the others; which of them is meant cannot be told",
+        )
+    return found[0] if found else None
 
 
 def _named(path: Path) -> dict[str, Path]:

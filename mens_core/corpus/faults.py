@@ -6,14 +6,18 @@ decided when all of them have been seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, Self
+
+import attrs
 
 from mens_core.errors import DataError
 
-__all__ = ["Fault", "Faults"]
+__all__ = ["Fault", "FaultKind", "Faults", "kind_of", "nearest", "shortened", "text_of"]
 
-_LINES_SHOWN, _KINDS_SHOWN = 5, 20
+_LINES_SHOWN, _KINDS_SHOWN, _CHARACTERS_SHOWN = 5, 20, 60
 
 
 class Fault(Exception):  # noqa: N818 (a finding about one row, collected and never shown by itself)
@@ -27,6 +31,23 @@ class Fault(Exception):  # noqa: N818 (a finding about one row, collected and ne
     def __init__(self, kind: str, expected: str) -> None:
         super().__init__(kind)
         self.kind, self.expected = kind, expected
+
+
+@attrs.frozen
+class FaultKind:
+    """One kind of fault in a file.
+
+    Attributes:
+        kind: what was found.
+        expected: what would have been accepted, as said of the first of these rows.
+        rows: how many rows have it.
+        first_lines: line numbers of the first few of them, from 1.
+    """
+
+    kind: str
+    expected: str
+    rows: int
+    first_lines: tuple[int, ...]
 
 
 class Faults:
@@ -56,8 +77,15 @@ class Faults:
 
     def by_kind(self) -> Mapping[str, int]:
         """Kind of fault → rows that have it, the most frequent first."""
-        ranked = sorted(self._kinds.items(), key=lambda item: (-item[1][1], item[1][2][0]))
-        return {kind: count for kind, (_, count, _) in ranked}
+        return {found.kind: found.rows for found in self.kinds()}
+
+    def kinds(self) -> tuple[FaultKind, ...]:
+        """Every kind that was found, the most frequent first."""
+        found = [
+            FaultKind(kind, expected, count, tuple(lines[:_LINES_SHOWN]))
+            for kind, (expected, count, lines) in self._kinds.items()
+        ]
+        return tuple(sorted(found, key=lambda kind: (-kind.rows, kind.first_lines[0])))
 
     def check(self, most: float = 0.0) -> None:
         """Refuse the file if more than a share of its rows cannot be used.
@@ -69,24 +97,68 @@ class Faults:
             DataError: listing every kind once: rows, first lines, what was expected.
         """
         if self.count > most * self.lines:
+            allowed = f"; at most {most:.3g} of them may be left out" if most else ""
             raise DataError(
-                "\n".join([f"{self.count} of {_number(self.lines, 'line')} cannot be used", *self._listed()]),
+                self.text() + allowed,
                 where=self.path,
                 fix="correct these lines, or delete them; no row of the file has been used",
             )
 
-    def _listed(self) -> list[str]:
-        by_kind = self.by_kind()
-        listed = []
-        for kind in list(by_kind)[:_KINDS_SHOWN]:
-            expected, count, lines = self._kinds[kind]
-            first = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", …" if count > _LINES_SHOWN else "")
-            listed.append(f"  {_number(count, 'row')}: {kind} (line {first})\n    expected: {expected}")
-        if len(by_kind) > _KINDS_SHOWN:
-            rest = sum(list(by_kind.values())[_KINDS_SHOWN:])
-            kinds = _number(len(by_kind) - _KINDS_SHOWN, "more kind")
-            listed.append(f"  {_number(rest, 'row')} with {kinds} of fault")
-        return listed
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON; ``from_dict`` reads it."""
+        return {"lines": self.lines, "kinds": [[kind, *entry] for kind, entry in self._kinds.items()]}
+
+    @classmethod
+    def from_dict(cls, path: Path, stored: Mapping[str, Any]) -> Self:
+        """The faults of ``as_dict``."""
+        faults = cls(path)
+        faults.lines = stored["lines"]
+        faults._kinds = {kind: (expected, count, lines) for kind, expected, count, lines in stored["kinds"]}
+        return faults
+
+    def text(self) -> str:
+        """How many rows are faulty, and every kind: rows, first lines, what was expected."""
+        kinds = self.kinds()
+        listed = [f"{self.count} of {_number(self.lines, 'line')} cannot be used"]
+        for found in kinds[:_KINDS_SHOWN]:
+            first = ", ".join(map(str, found.first_lines)) + (", …" if found.rows > _LINES_SHOWN else "")
+            listed.append(f"  {_number(found.rows, 'row')}: {found.kind} (line {first})")
+            listed.append(f"    expected: {found.expected}")
+        if rest := kinds[_KINDS_SHOWN:]:
+            rows = sum(found.rows for found in rest)
+            listed.append(f"  {_number(rows, 'row')} with {_number(len(rest), 'more kind')} of fault")
+        return "\n".join(listed)
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
+
+
+def shortened(value: object) -> str:
+    """A value as it is shown in a message."""
+    shown = repr(value)
+    return shown if len(shown) <= _CHARACTERS_SHOWN else shown[: _CHARACTERS_SHOWN - 1] + "…"
+
+
+def nearest(key: str, given: Iterable[str]) -> str:
+    """A hint at a key that may have been meant; empty without one."""
+    close = difflib.get_close_matches(key, given, n=1, cutoff=0.7)
+    return f" (found {shortened(close[0])}: did you mean {key!r}?)" if close else ""
+
+
+def text_of(value: Any, what: str, *, blank: bool = False) -> str:
+    """A text, with something to see in it unless it may be blank.
+
+    Raises:
+        Fault: naming it by ``what``.
+    """
+    if not isinstance(value, str):
+        raise Fault(f"{what} is a JSON {kind_of(value)}", f"{what} as a text")
+    if not blank and (not value or value.isspace()):
+        raise Fault(f"{what} is empty", f"{what} with at least one visible character")
+    return value
 
 
 def _number(count: int, noun: str) -> str:

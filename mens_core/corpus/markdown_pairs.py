@@ -1,4 +1,4 @@
-"""Markdown → pairs: each fenced code block with the text around it.
+"""Markdown → pieces: each fenced code block with the text around it.
 
     headings and the text above  → code                       category documentation_to_example
     code                         → the text above and below   category example_to_documentation
@@ -9,18 +9,24 @@ section 4.5: three or more backticks or tildes, closed by as many of the same ki
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Sequence
 
 import attrs
 
-from mens_core.corpus.pair import DOCS_LANE, Ledger, Pair
+from mens_core.corpus.constructs import Measure, difficulty_of_text, measure
+from mens_core.corpus.pair import DOCS_LANE, Ledger, Pair, Piece
+from mens_core.corpus.syntax import walk
 
-__all__ = ["CodeBlock", "blocks_of", "markdown_pairs"]
+__all__ = ["CodeBlock", "blocks_of", "markdown_pieces"]
 
 _NO_TEXT = "code block with neither text nor heading above it"
 _NO_CODE = "code block without code"
 _UNCLOSED = "code block that is never closed"
+
+_PYTHON = {"py", "python", "python3"}
+_RATING = 4
 
 _FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>.*)$")
 _HEADING = re.compile(r"^ {0,3}(?P<level>#{1,6})[ \t]+(?P<title>.*?)(?:[ \t]+#+)?[ \t]*$")
@@ -50,8 +56,8 @@ class CodeBlock:
     closed: bool
 
 
-def markdown_pairs(text: str, source: str, dropped: Ledger) -> Iterator[Pair]:
-    """The pairs of one Markdown file, in its order.
+def markdown_pieces(text: str, source: str, dropped: Ledger) -> Iterator[Piece]:
+    """The pieces of one Markdown file, one a code block, in its order.
 
     Args:
         text: the file, with newlines as its only line ends.
@@ -59,11 +65,21 @@ def markdown_pairs(text: str, source: str, dropped: Ledger) -> Iterator[Pair]:
         dropped: where rows that cannot be made are booked.
     """
     for block in blocks_of(text):
-        reason = _why_not(block)
-        if reason is None:
-            yield from _pairs(block, source)
-        else:
-            dropped.add(reason, f"{source}:{block.line}")
+        place, reason = f"{source}:{block.line}", _why_not(block)
+        if reason is not None:
+            dropped.add(reason, place)
+            continue
+        measured = _measure(block)
+        title = " / ".join(block.headings)
+        yield Piece(
+            source=place,
+            text=f"{block.above}\n{block.code}\n{block.below}",
+            # Blocks of one section quote each other's text, so the section decides where all of them go.
+            origin=f"{source}\n{title}",
+            constructs=measured.constructs if measured else (),
+            difficulty=measured.difficulty if measured else difficulty_of_text(block.code),
+            pairs=tuple(_pairs(block, title)),
+        )
 
 
 def _why_not(block: CodeBlock) -> str | None:
@@ -74,34 +90,35 @@ def _why_not(block: CodeBlock) -> str | None:
     return None if block.headings or block.above else _NO_TEXT
 
 
-def _pairs(block: CodeBlock, source: str) -> Iterator[Pair]:
-    place = f"{source}:{block.line}"
+def _measure(block: CodeBlock) -> Measure | None:
+    if block.language not in _PYTHON:
+        return None
+    try:
+        return measure(walk(ast.parse(block.code)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        # Examples leave things out, and a sketch of Python is an example all the same.
+        return None
+
+
+def _pairs(block: CodeBlock, title: str) -> Iterator[Pair]:
     kind = f"{block.language} example" if block.language else "example"
-    title = " / ".join(block.headings)
-    # Blocks of one section quote each other's text, so the section decides where all of them go.
-    origin = f"{source}\n{title}"
     described = "\n\n".join(part for part in (title, block.above) if part)
     yield Pair(
-        prompt=f"Write the {kind} that belongs to this text.\n\n{described}",
-        response=block.code,
+        exchanges=((f"Write the {kind} that belongs to this text.\n\n{described}", block.code),),
         category="documentation_to_example",
-        source=place,
-        lane=DOCS_LANE,
-        response_mode="code_only",
         task_family="docs_qa",
-        origin=origin,
+        lane=DOCS_LANE,
+        rating=_RATING,
     )
     explained = "\n\n".join(part for part in (block.above, block.below) if part)
     if explained:
         yield Pair(
-            prompt=f"Explain this {kind}.\n\n{block.code}",
-            response=explained,
+            exchanges=((f"Explain this {kind}.\n\n{block.code}", explained),),
             category="example_to_documentation",
-            source=place,
+            task_family="docs_qa",
             lane=DOCS_LANE,
             response_mode="prose_only",
-            task_family="docs_qa",
-            origin=origin,
+            rating=_RATING,
         )
 
 

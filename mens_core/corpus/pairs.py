@@ -1,10 +1,12 @@
 """Source trees → ``train.jsonl``, ``eval.jsonl`` and ``metadata.json``.
 
-    *.py ─▶ python_pairs ───┐
-    *.md ─▶ markdown_pairs ─┴▶ length ─▶ duplicates ─▶ spool on disk ─▶ split by content ─▶ two files
+    *.py ─▶ python_pairs ───────┐
+    *.md ─▶ markdown_pairs ─────┼▶ length ─▶ duplicates ─▶ spool on disk ─▶ split by content ─▶ two files
+    *.jsonl ─▶ validated_pairs ─┘
 
-The same sources and settings give the same bytes. Rows keep the order of the sources; they wait in a
-temporary file, so memory grows by a few hundred bytes a row. Whatever is left out is counted, with examples.
+The same sources and settings give the same bytes. Rows keep the order of the sources, unless they are ordered by
+difficulty; they wait in a temporary file, so memory grows by a kilobyte a row at most. Whatever is left out is
+counted, with examples.
 """
 
 from __future__ import annotations
@@ -12,71 +14,73 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import attrs
 
 from mens_core.atomic import replacing
-from mens_core.corpus.markdown_pairs import markdown_pairs
-from mens_core.corpus.pair import Ledger, Pair, Tally
-from mens_core.corpus.python_pairs import python_pairs
-from mens_core.corpus.sources import EXCLUDED_FOLDERS, PYTHON_ENDINGS, SourceFile, find_sources, read_source
-from mens_core.corpus.split import Groups, fingerprint
+from mens_core.corpus.collector import Collector
+from mens_core.corpus.pair import SIMILARITY
+from mens_core.corpus.pairs_report import PARTS, PairsReport, tally_lines
+from mens_core.corpus.python_pairs import Shares
+from mens_core.corpus.sources import EXCLUDED_FOLDERS, find_sources
 from mens_core.errors import DataError
 
-__all__ = ["EVAL_FRACTION", "MAX_CHARS", "MIN_CHARS", "PairsReport", "write_pairs"]
+__all__ = [
+    "EVAL_FRACTION",
+    "MAX_CHARS",
+    "MIN_CHARS",
+    "MULTI_TURN",
+    "NEGATIVES",
+    "PairsReport",
+    "write_pairs",
+]
 
-SCHEMA_VERSION = "mens.corpus.pairs.v1"
 EVAL_FRACTION = 0.05
 #: Characters of a response below which there is nothing to learn from it.
 MIN_CHARS = 20
 #: Characters of prompt and response together. With its tags such a row fits the 1024 positions of the lab base,
 #: which reads bytes; in a vocabulary made for code it has some 300 tokens.
 MAX_CHARS = 900
-
-_PARTS = ("train", "eval")
+#: Shares of the functions that are also shown broken, and talked about: enough to learn the form from, while most
+#: rows stay plain code, and few responses come twice.
+NEGATIVES, MULTI_TURN = 0.1, 0.1
 
 
 @attrs.frozen(kw_only=True)
-class PairsReport:
-    """What was written and what was not.
+class _Settings:
+    """The arguments of ``write_pairs`` that decide what is written; ``metadata.json`` lists them."""
 
-    Attributes:
-        output: the folder.
-        rows: number of rows by part, ``train`` and ``eval``.
-        rows_by_category: the same for each category.
-        files_read: files that were read and parsed.
-        files_skipped: files and folders left out, by reason.
-        duplicates_dropped: rows equal to an earlier one in prompt and response.
-        rows_dropped: rows left out, by reason; duplicates are not among them.
-    """
+    eval_fraction: float
+    seed: int
+    min_chars: int
+    max_chars: int
+    negatives: float
+    multi_turn: float
+    near_duplicates: float
+    curriculum: bool
+    exclude: Sequence[str]
 
-    output: Path
-    rows: Mapping[str, int]
-    rows_by_category: Mapping[str, Mapping[str, int]]
-    files_read: int
-    files_skipped: Mapping[str, Tally]
-    duplicates_dropped: int
-    rows_dropped: Mapping[str, Tally]
-
-    def text(self) -> str:
-        """The report as lines for a reader."""
-        train, held_out = (self.rows[part] for part in _PARTS)
-        rows = f"{train:,} rows to train on, {held_out:,} held out"
-        lines = [f"{self.output}: {rows}; {self.files_read:,} files read"]
-        lines += [f"{sum(parts.values()):>10,}  {name}" for name, parts in self.rows_by_category.items()]
-        duplicates = [f"{self.duplicates_dropped:>10,}  equal to an earlier row"] if self.duplicates_dropped else []
-        dropped, files = [*duplicates, *_tally_lines(self.rows_dropped)], _tally_lines(self.files_skipped)
-        lines += ["rows left out:", *dropped] if dropped else []
-        lines += ["files and folders left out:", *files] if files else []
-        return "\n".join(lines)
-
-
-def _tally_lines(tallies: Mapping[str, Tally]) -> list[str]:
-    return [f"{tally.count:>10,}  {reason} (first: {tally.examples[0]})" for reason, tally in tallies.items()]
+    def check(self) -> None:
+        """Raise a ``DataError`` that names every setting out of range."""
+        fits = {
+            "eval_fraction": (0 <= self.eval_fraction < 1, "from 0 to less than 1"),
+            "min_chars": (self.min_chars >= 1, "1 or more"),
+            "max_chars": (self.max_chars > self.min_chars, f"more than min_chars, {self.min_chars}"),
+            "negatives": (0 <= self.negatives <= 1, "from 0 to 1"),
+            "multi_turn": (0 <= self.multi_turn <= 1, "from 0 to 1"),
+            "near_duplicates": (0.5 <= self.near_duplicates <= 1, "from 0.5 to 1"),
+        }
+        problems = [f"{name} = {getattr(self, name)} ({fit})" for name, (good, fit) in fits.items() if not good]
+        problems += [
+            f"exclude = {name!r} (a folder's name, not a path)" for name in self.exclude if not name or "/" in name
+        ]
+        if problems:
+            raise DataError("settings of the corpus are out of range", where=", ".join(problems))
 
 
 def write_pairs(
@@ -87,10 +91,14 @@ def write_pairs(
     seed: int = 0,
     min_chars: int = MIN_CHARS,
     max_chars: int = MAX_CHARS,
+    negatives: float = NEGATIVES,
+    multi_turn: float = MULTI_TURN,
+    near_duplicates: float = SIMILARITY,
+    curriculum: bool = False,
     exclude: Sequence[str] = EXCLUDED_FOLDERS,
     overwrite: bool = False,
 ) -> PairsReport:
-    """Make a corpus of prompt and response rows from Python and Markdown sources.
+    """Make a corpus of prompt and response rows from Python, Markdown and validated rows.
 
     Rows of one function, or of one section of a document, fall in the same part, and so do rows that share a
     prompt or a response; ``eval.jsonl`` therefore asks nothing that ``train.jsonl`` answers.
@@ -99,9 +107,14 @@ def write_pairs(
         sources: folders and files, at least one.
         output: folder for the three files; made when it does not exist.
         eval_fraction: share of the groups held out, from 0 (no ``eval.jsonl``) to less than 1.
-        seed: another seed holds out another part.
-        min_chars: shorter responses are left out, in characters.
-        max_chars: longer rows are left out, in characters of prompt and response together.
+        seed: another seed holds out another part, and breaks other functions elsewhere.
+        min_chars: rows with a shorter response are left out, in characters.
+        max_chars: longer rows are left out, in characters of prompts and responses together.
+        negatives: share of the functions that are also shown with a defect, to be corrected, from 0 to 1.
+        multi_turn: share of the functions that are also talked about in two exchanges, from 0 to 1.
+        near_duplicates: similarity from which a function or block is left out for an earlier one, as the share
+            of common runs of five tokens, from 0.5 to 1, which only takes what has the same tokens.
+        curriculum: whether the rows are ordered from easy to difficult. Training draws them in its own order.
         exclude: names of folders that are not entered, besides hidden ones.
         overwrite: whether files of an earlier corpus in ``output`` are replaced.
 
@@ -113,110 +126,62 @@ def write_pairs(
             corpus already. Nothing has been written then.
         OSError: if the disk refuses; an earlier corpus is then still in place.
     """
-    _check_settings(eval_fraction, min_chars, max_chars, exclude)
+    settings = _Settings(
+        eval_fraction=eval_fraction,
+        seed=seed,
+        min_chars=min_chars,
+        max_chars=max_chars,
+        negatives=negatives,
+        multi_turn=multi_turn,
+        near_duplicates=near_duplicates,
+        curriculum=curriculum,
+        exclude=list(exclude),
+    )
+    settings.check()
     _check_output(output, overwrite=overwrite)
-    skipped = Ledger()
-    files = find_sources(sources, exclude, skipped)
-    with tempfile.TemporaryFile() as spool:
-        collector = _Collector(spool, min_chars, max_chars)
-        files_read = sum(collector.read(file, skipped) for file in files)
-        if not collector.categories:
-            raise _no_rows(sources, skipped, collector)
-        held_out = collector.groups.held_out(eval_fraction, seed)
-        report = PairsReport(
-            output=output,
-            rows={part: held_out.count(part == "eval") for part in _PARTS},
-            rows_by_category=_by_category(collector.categories, held_out),
-            files_read=files_read,
-            files_skipped=skipped.tallies(),
-            duplicates_dropped=collector.duplicates,
-            rows_dropped=collector.dropped.tallies(),
+    # heavy: NumPy, which no help text waits for
+    from mens_core.corpus.near_duplicates import NearDuplicates  # noqa: PLC0415
+
+    with tempfile.TemporaryFile() as spool, tempfile.TemporaryFile() as texts:
+        collector = Collector(
+            spool,
+            NearDuplicates(texts, near_duplicates),
+            Shares(negatives=negatives, multi_turn=multi_turn, seed=seed, max_chars=max_chars),
+            min_chars=min_chars,
         )
-        settings = {
-            "eval_fraction": eval_fraction,
-            "seed": seed,
-            "min_chars": min_chars,
-            "max_chars": max_chars,
-        }
-        _write(report, {**settings, "exclude": list(exclude)}, spool, held_out)
+        for file in find_sources(sources, exclude, collector.skipped):
+            collector.read(file)
+        if not collector.categories:
+            raise _no_rows(sources, collector)
+        held_out = collector.groups.held_out(eval_fraction, seed)
+        report = _report(output, collector, held_out)
+        _write(report, settings, spool, held_out, collector.difficulties if curriculum else None)
     return report
 
 
-class _Collector:
-    """Takes pairs in, spools the good ones as lines and remembers what the split needs."""
-
-    def __init__(self, spool: IO[bytes], min_chars: int, max_chars: int) -> None:
-        self._spool, self._min_chars, self._max_chars = spool, min_chars, max_chars
-        self._seen: set[bytes] = set()
-        self.groups, self.dropped = Groups(), Ledger()
-        self.categories: list[str] = []
-        self.duplicates = 0
-
-    def read(self, file: SourceFile, skipped: Ledger) -> bool:
-        """Take in all pairs of a file; False when it was booked as unusable."""
-        text = read_source(file, skipped)
-        if text is None:
-            return False
-        try:
-            for pair in _pairs_of(file, text, self.dropped):
-                self._take(pair)
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-            reason = "not Python of this version" if line else f"not parsable ({type(error).__name__})"
-            skipped.add(reason, f"{file.name}{line}")
-            return False
-        return True
-
-    def _take(self, pair: Pair) -> None:
-        reason = self._why_not(pair)
-        if reason is not None:
-            self.dropped.add(reason, pair.source)
-            return
-        content = hashlib.blake2b(f"{pair.prompt}\0{pair.response}".encode(), digest_size=16).digest()
-        if content in self._seen:
-            self.duplicates += 1
-            return
-        self._seen.add(content)
-        self.groups.add([fingerprint(pair.origin), fingerprint(pair.prompt), fingerprint(pair.response)])
-        self.categories.append(pair.category)
-        self._spool.write(json.dumps(pair.record(), ensure_ascii=False).encode() + b"\n")
-
-    def _why_not(self, pair: Pair) -> str | None:
-        if len(pair.response.strip()) < self._min_chars:
-            return f"response shorter than {self._min_chars} characters"
-        if len(pair.prompt) + len(pair.response) > self._max_chars:
-            return f"row longer than {self._max_chars} characters"
-        # A docstring may spell half a surrogate pair as an escape, which no file in UTF-8 can hold.
-        return None if _is_unicode(pair.prompt + pair.response) else "text that UTF-8 cannot write"
+def _report(output: Path, collector: Collector, held_out: Sequence[bool]) -> PairsReport:
+    by_category = {category: dict.fromkeys(PARTS, 0) for category in sorted(set(collector.categories))}
+    for category, out in zip(collector.categories, held_out, strict=True):
+        by_category[category][PARTS[out]] += 1
+    return PairsReport(
+        output=output,
+        rows={part: held_out.count(part == "eval") for part in PARTS},
+        rows_by_category=by_category,
+        rows_by_difficulty=dict(sorted(Counter(collector.difficulties).items())),
+        files_read=collector.files_read,
+        files_skipped=collector.skipped.tallies(),
+        duplicates_dropped=collector.duplicates.tallies(),
+        rows_dropped=collector.dropped.tallies(),
+    )
 
 
-def _pairs_of(file: SourceFile, text: str, dropped: Ledger) -> Iterator[Pair]:
-    if not file.path.name.lower().endswith(PYTHON_ENDINGS):
-        yield from markdown_pairs(text, file.name, dropped)
-        return
-    with warnings.catch_warnings():
-        # What the parser thinks of other people's escape sequences is not for this report.
-        warnings.simplefilter("ignore")
-        pairs = list(python_pairs(text, file.name, dropped))
-    yield from pairs
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _by_category(categories: Sequence[str], held_out: Sequence[bool]) -> dict[str, dict[str, int]]:
-    counts = {category: dict.fromkeys(_PARTS, 0) for category in sorted(set(categories))}
-    for category, out in zip(categories, held_out, strict=True):
-        counts[category][_PARTS[out]] += 1
-    return counts
-
-
-def _write(report: PairsReport, settings: Mapping[str, Any], spool: IO[bytes], held_out: Sequence[bool]) -> None:
+def _write(
+    report: PairsReport,
+    settings: _Settings,
+    spool: IO[bytes],
+    held_out: Sequence[bool],
+    difficulties: Sequence[int] | None,
+) -> None:
     report.output.mkdir(parents=True, exist_ok=True)
     # train.jsonl takes its place last: where it stands, the corpus is whole.
     parts = ["eval", "train"] if report.rows["eval"] else ["train"]
@@ -224,41 +189,28 @@ def _write(report: PairsReport, settings: Mapping[str, Any], spool: IO[bytes], h
     hashes = {part: hashlib.sha256() for part in parts}
     with replacing(*paths) as (metadata, *files):
         by_part = dict(zip(parts, files, strict=True))
-        spool.seek(0)
-        for line, out in zip(spool, held_out, strict=True):
-            by_part[_PARTS[out]].write(line.decode())
-            hashes[_PARTS[out]].update(line)
+        for row, line in _lines(spool, difficulties):
+            part = PARTS[held_out[row]]
+            by_part[part].write(line.decode())
+            hashes[part].update(line)
         sha256 = {f"{part}.jsonl": digest.hexdigest() for part, digest in sorted(hashes.items())}
-        json.dump(_metadata(report, settings, sha256), metadata, indent=2, ensure_ascii=False)
+        json.dump(report.metadata(attrs.asdict(settings), sha256), metadata, indent=2, ensure_ascii=False)
         metadata.write("\n")
         if "eval" not in parts:
             # An earlier corpus's held-out rows are no longer held out.
             (report.output / "eval.jsonl").unlink(missing_ok=True)
 
 
-def _metadata(report: PairsReport, settings: Mapping[str, Any], sha256: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "generated_by": "mens_core corpus pairs",
-        "total_pairs": sum(report.rows.values()),
-        "rows": dict(report.rows),
-        "rows_by_category": report.rows_by_category,
-        "duplicates_dropped": report.duplicates_dropped,
-        "rows_dropped": {reason: attrs.asdict(tally) for reason, tally in report.rows_dropped.items()},
-        "files_read": report.files_read,
-        "files_skipped": {reason: attrs.asdict(tally) for reason, tally in report.files_skipped.items()},
-        "settings": dict(settings),
-        "sha256": dict(sha256),
-    }
-
-
-def _check_settings(eval_fraction: float, min_chars: int, max_chars: int, exclude: Sequence[str]) -> None:
-    problems = [] if 0 <= eval_fraction < 1 else [f"eval_fraction = {eval_fraction} (from 0 to less than 1)"]
-    problems += [] if min_chars >= 1 else [f"min_chars = {min_chars} (1 or more)"]
-    problems += [] if max_chars > min_chars else [f"max_chars = {max_chars} (more than min_chars, {min_chars})"]
-    problems += [f"exclude = {name!r} (a folder's name, not a path)" for name in exclude if not name or "/" in name]
-    if problems:
-        raise DataError("settings of the corpus are out of range", where=", ".join(problems))
+def _lines(spool: IO[bytes], difficulties: Sequence[int] | None) -> Iterator[tuple[int, bytes]]:
+    """(row, line) in the order of the spool, or from easy to difficult, rows of one difficulty in their order."""
+    spool.seek(0)
+    if difficulties is None:
+        yield from enumerate(spool)
+        return
+    starts = [0, *accumulate(map(len, spool))]
+    for row in sorted(range(len(difficulties)), key=difficulties.__getitem__):
+        spool.seek(starts[row])
+        yield row, spool.readline()
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -274,11 +226,11 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         )
 
 
-def _no_rows(sources: Sequence[Path], skipped: Ledger, collector: _Collector) -> DataError:
-    found = [*_tally_lines(collector.dropped.tallies()), *_tally_lines(skipped.tallies())]
+def _no_rows(sources: Sequence[Path], collector: Collector) -> DataError:
+    found = [*tally_lines(collector.dropped.tallies()), *tally_lines(collector.skipped.tallies())]
     return DataError(
         "\n".join(["no row came out of the sources; nothing has been written", *found]),
         where=", ".join(map(str, sources)),
-        expected="Python files with functions, or Markdown files with fenced code blocks",
+        expected="Python files with functions, Markdown files with fenced code blocks, or validated rows",
         fix="name other sources, or widen --min-chars and --max-chars",
     )

@@ -1,196 +1,161 @@
-"""Python source → pairs: each function cut into its signature, its docstring and its body.
+"""Python functions → pieces: each part of a function asked for from the others, and some of it broken.
 
-    docstring            → signature and body      category docstring_to_implementation
-    signature            → body                    category signature_to_body
-    signature and body   → docstring               category implementation_to_docstring
-
-Functions are taken from modules and classes, also under ``if`` and ``try``; a function inside a function
-stays a part of it. Comments and formatting survive, since the text is cut and not printed anew. Methods are
-moved to the margin, so a body set under its signature parses.
+docstring            → signature and body      category docstring_to_implementation
+signature            → body                    category signature_to_body
+signature and body   → docstring               category implementation_to_docstring
+broken function      → the function            category error_correction       a share of the functions
+two of these in a conversation                 category multi_turn             a share of the functions
 """
 
 from __future__ import annotations
 
-import ast
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import attrs
 
-from mens_core.corpus.pair import CODE_LANE, DOCS_LANE, Ledger, Pair
+from mens_core.corpus.constructs import measure
+from mens_core.corpus.mutations import Mutation, mutate
+from mens_core.corpus.pair import DOCS_LANE, Ledger, Pair, Piece, draw
+from mens_core.corpus.python_functions import DocumentedFunction, functions_of
 
-__all__ = ["DocumentedFunction", "functions_of", "python_pairs"]
+__all__ = ["Shares", "pieces_of_functions", "python_pieces"]
 
 _IDLE_BODY = "function body that does nothing: pass, ... or raise NotImplementedError"
-
-_Function = ast.FunctionDef | ast.AsyncFunctionDef
-_Positioned = ast.expr | ast.arg
-# From Python 3.12 on a field of an f-string may go over several lines, and f"{x=}" shows its blanks; before, its
-# position was that of the whole string.
-_TEXT = (ast.Constant, ast.JoinedStr, *((ast.FormattedValue,) if sys.version_info >= (3, 12) else ()))
+_MENDED_RATING = 4
 
 
 @attrs.frozen(kw_only=True)
-class DocumentedFunction:
-    """A function in its three parts, moved to the left margin.
+class Shares:
+    """How many functions get rows beyond the plain ones; which, depends on the seed and the function alone.
 
     Attributes:
-        name: with the classes round it, ``Decoder.decode``.
-        line: of its first decorator or its ``def``, from 1.
-        signature: decorators and ``def`` up to and with the colon.
-        body: everything under the signature but the docstring, indented; set under the signature it parses.
-        docstring: with its indentation removed; None without one.
-        idle: whether the body does nothing.
+        negatives: share of the functions that are also shown broken, from 0 to 1.
+        multi_turn: share of the functions that are also talked about, from 0 to 1.
+        seed: another seed takes other functions and breaks them elsewhere.
+        max_chars: a function of more than half as many characters is not broken, since no row could hold it twice.
     """
 
-    name: str
-    line: int
-    signature: str
-    body: str
-    docstring: str | None
-    idle: bool
+    negatives: float
+    multi_turn: float
+    seed: int
+    max_chars: int
 
 
-def python_pairs(text: str, source: str, dropped: Ledger) -> Iterator[Pair]:
-    """The pairs of one Python file, in the order of its functions.
+def python_pieces(text: str, source: str, dropped: Ledger, shares: Shares) -> Iterator[Piece]:
+    """The pieces of one Python file, one a function, in its order.
 
     Args:
         text: the file, with newlines as its only line ends.
         source: its name in the rows.
         dropped: where rows that cannot be made are booked.
+        shares: how many rows are made beyond the plain ones.
 
     Raises:
         SyntaxError: if the text is not Python of the running version.
         ValueError: if it holds null bytes.
         RecursionError, MemoryError: if it is nested beyond what the parser bears.
     """
-    for function in functions_of(text):
+    return pieces_of_functions(functions_of(text), source, dropped, shares)
+
+
+def pieces_of_functions(
+    functions: Iterable[DocumentedFunction], source: str, dropped: Ledger, shares: Shares
+) -> Iterator[Piece]:
+    """As ``python_pieces``, of functions that have been cut."""
+    for function in functions:
         place = f"{source}:{function.line}"
         if function.idle:
             dropped.add(_IDLE_BODY, place, count=1 if function.docstring is None else 3)
-        else:
-            yield from _pairs(function, place)
+            continue
+        measured = measure(function.nodes)
+        yield Piece(
+            source=place,
+            text=f"{function.whole}\n{function.docstring or ''}",
+            origin=function.whole,
+            constructs=measured.constructs,
+            difficulty=measured.difficulty,
+            pairs=(*_plain(function), *_broken(function, shares), *_conversations(function, shares)),
+        )
 
 
-def _pairs(function: DocumentedFunction, place: str) -> Iterator[Pair]:
-    whole = f"{function.signature}\n{function.body}"
-    code = {"source": place, "lane": CODE_LANE, "response_mode": "code_only", "origin": whole}
+def _plain(function: DocumentedFunction) -> Iterator[Pair]:
     if function.docstring is not None:
         yield Pair(
-            prompt=f"Write the Python function `{function.name}`, described here.\n\n{function.docstring}",
-            response=whole,
+            exchanges=((_ask_for_function(function), function.whole),),
             category="docstring_to_implementation",
             task_family="codegen",
-            **code,
         )
     yield Pair(
-        prompt=f"Write the body of the Python function `{function.name}`.\n\n{function.signature}",
-        response=function.body,
+        exchanges=((_ask_for_body(function), function.body),),
         category="signature_to_body",
         task_family="completion",
-        **code,
     )
     if function.docstring is not None:
+        asked = f"Write the docstring of the Python function `{function.name}`.\n\n{function.whole}"
         yield Pair(
-            prompt=f"Write the docstring of the Python function `{function.name}`.\n\n{whole}",
-            response=function.docstring,
+            exchanges=((asked, function.docstring),),
             category="implementation_to_docstring",
-            source=place,
+            task_family="docs_qa",
             lane=DOCS_LANE,
             response_mode="prose_only",
-            task_family="docs_qa",
-            origin=whole,
         )
 
 
-def functions_of(text: str) -> Iterator[DocumentedFunction]:
-    """Cut every function of a module and its classes; raises what ``ast.parse`` raises."""
-    # Column offsets of the syntax tree count UTF-8 bytes.
-    lines = text.encode().split(b"\n")
-    for name, node in _definitions(ast.parse(text), ""):
-        yield _cut(name, node, lines)
+def _broken(function: DocumentedFunction, shares: Shares) -> Iterator[Pair]:
+    if draw(shares.seed, "negative", function.whole) >= shares.negatives:
+        return
+    mutation = _mutation(function, shares, "negative")
+    if mutation:
+        yield Pair(
+            exchanges=((_ask_for_repair(function, mutation), function.whole),),
+            category="error_correction",
+            task_family="repair",
+            rating=_MENDED_RATING,
+            defect=mutation.defect,
+        )
 
 
-def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, _Function]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, _Function):
-            yield prefix + child.name, child
-        elif isinstance(child, ast.ClassDef):
-            yield from _definitions(child, f"{prefix}{child.name}.")
-        elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
-            yield from _definitions(child, prefix)
-
-
-def _cut(name: str, node: _Function, lines: Sequence[bytes]) -> DocumentedFunction:
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    last = node.end_lineno or node.lineno
-    inside_strings = _inside_strings(node, lines)
-
-    def moved(number: int, end: int | None = None) -> bytes:
-        line = lines[number - 1][:end]
-        # Spaces at the start of a string's second line are part of its value.
-        return line if number in inside_strings else _unindented(line, node.col_offset)
-
-    signature_line, signature_end = _signature_end(node, lines)
-    signature = [*map(moved, range(first, signature_line)), moved(signature_line, signature_end)]
-    docstring, statements = ast.get_docstring(node), node.body
-    body_line, body_start = signature_line, signature_end
-    if docstring is not None:
-        body_line, body_start = statements[0].end_lineno or last, statements[0].end_col_offset or 0
-        statements = statements[1:]
-    beside = lines[body_line - 1][body_start:].strip(b" \t;")
-    body = [] if not beside or beside.startswith(b"#") else [b"    " + beside]
-    body += map(moved, range(body_line + 1, last + 1))
-    return DocumentedFunction(
-        name=name,
-        line=first,
-        signature=b"\n".join(signature).decode(),
-        body=b"\n".join(body).decode().strip("\n").rstrip(),
-        docstring=docstring,
-        idle=_is_idle(statements),
+def _conversations(function: DocumentedFunction, shares: Shares) -> Iterator[Pair]:
+    """A function and then its docstring, or a repair and then the reason for it."""
+    if draw(shares.seed, "conversation", function.whole) >= shares.multi_turn:
+        return
+    documented = function.docstring is not None and draw(shares.seed, "topic", function.whole) < 1 / 2
+    mutation = None if documented else _mutation(function, shares, "conversation")
+    if documented and function.docstring is not None:
+        exchanges = (
+            (_ask_for_body(function), function.body),
+            ("Now write its docstring.", function.docstring),
+        )
+    elif mutation:
+        exchanges = (
+            (_ask_for_repair(function, mutation), function.whole),
+            ("What was wrong with it?", mutation.explanation),
+        )
+    else:
+        return
+    yield Pair(
+        exchanges=exchanges,
+        category="multi_turn",
+        task_family="conversation",
+        lane=DOCS_LANE,
+        response_mode=None,
+        rating=_MENDED_RATING if mutation else 5,
+        defect=mutation.defect if mutation else None,
     )
 
 
-def _unindented(line: bytes, margin: int) -> bytes:
-    """The line without up to ``margin`` leading blanks; a comment may stand left of its function."""
-    return line[min(margin, len(line) - len(line.lstrip(b" \t"))) :]
+def _mutation(function: DocumentedFunction, shares: Shares, purpose: str) -> Mutation | None:
+    fits = 2 * len(function.whole) <= shares.max_chars
+    return mutate(function.whole, shares.seed, purpose) if fits else None
 
 
-def _signature_end(node: _Function, lines: Sequence[bytes]) -> tuple[int, int]:
-    """Line (from 1) and column (in bytes) behind the colon that ends the signature."""
-    arguments = node.args
-    parts: list[ast.AST | None] = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    parts += [arguments.vararg, arguments.kwarg, *arguments.defaults, *arguments.kw_defaults, node.returns]
-    # Python 3.12 and later: def name[T](…)
-    parts += getattr(node, "type_params", [])
-    ends = [(part.end_lineno or 0, part.end_col_offset or 0) for part in parts if isinstance(part, _Positioned)]
-    number, column = max([(node.lineno, node.col_offset), *ends])
-    # Behind the last part there are only brackets, commas, blanks and comments before the colon.
-    while (colon := lines[number - 1][column:].partition(b"#")[0].find(b":")) < 0:
-        number, column = number + 1, 0
-    return number, column + colon + 1
+def _ask_for_function(function: DocumentedFunction) -> str:
+    return f"Write the Python function `{function.name}`, described here.\n\n{function.docstring}"
 
 
-def _inside_strings(node: _Function, lines: Sequence[bytes]) -> set[int]:
-    """Numbers of the lines that begin inside a string."""
-    inside: set[int] = set()
-    if not node.col_offset:
-        return inside
-    for part in ast.walk(node):
-        if not isinstance(part, _TEXT) or part.end_lineno in {None, part.lineno}:
-            continue
-        piece = lines[part.lineno - 1 : part.end_lineno]
-        # Otherwise they are strings set under one another, each of them closed on its line.
-        one_string = any(b'"""' in line or b"'''" in line or line.endswith(b"\\") for line in piece)
-        if one_string or isinstance(part, ast.FormattedValue):
-            inside.update(range(part.lineno + 1, part.lineno + len(piece)))
-    return inside
+def _ask_for_body(function: DocumentedFunction) -> str:
+    return f"Write the body of the Python function `{function.name}`.\n\n{function.signature}"
 
 
-def _is_idle(statements: Sequence[ast.stmt]) -> bool:
-    match statements:
-        case [] | [ast.Pass()] | [ast.Expr(value=ast.Constant())]:
-            return True
-        case [ast.Raise(exc=ast.Name(id="NotImplementedError") | ast.Call(func=ast.Name(id="NotImplementedError")))]:
-            return True
-    return False
+def _ask_for_repair(function: DocumentedFunction, mutation: Mutation) -> str:
+    return f"Correct the Python function `{function.name}`. {mutation.failure}\n\n{mutation.code}"

@@ -34,7 +34,8 @@ class Turn:
 
     Attributes:
         role: one of ``ROLES``.
-        content: the text exactly as it stands in the file; blank only where the turn has tool calls.
+        content: the text exactly as it stands in the file; blank only in a turn that has
+            tool calls, and in a tool's that had nothing to say.
         reasoning: what an assistant thought before it answered; empty without such a part.
         tool_calls: an assistant's calls, in order.
         name: of the tool that a tool turn answers for, or of the speaker; empty without one.
@@ -66,3 +67,34 @@ class Row:
     line: int
     metadata: Mapping[str, Any] = attrs.field(factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """The row as it is written to a file; reading it gives an equal row."""
+        roles = [turn.role for turn in self.turns]
+        plain = roles in (["user", "assistant"], ["system", "user", "assistant"]) and all(map(_is_plain, self.turns))
+        record: dict[str, Any] = {}
+        if plain:
+            record = {"prompt": self.turns[-2].content, "response": self.turns[-1].content}
+            record |= {"system": self.turns[0].content} if roles[0] == "system" else {}
+        else:
+            record = {"messages": [_message(turn) for turn in self.turns]}
+        record |= {"tools": list(self.tools)} if self.tools else {}
+        record |= {"source": self.source} if self.source else {}
+        return record | dict(self.metadata)
+
+
+def _is_plain(turn: Turn) -> bool:
+    return not (turn.reasoning or turn.tool_calls or turn.name or turn.tool_call_id)
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    message |= {"reasoning_content": turn.reasoning} if turn.reasoning else {}
+    message |= {"tool_calls": [_call(call) for call in turn.tool_calls]} if turn.tool_calls else {}
+    message |= {"name": turn.name} if turn.name else {}
+    return message | ({"tool_call_id": turn.tool_call_id} if turn.tool_call_id else {})
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": dict(call.arguments)}
+    return {**({"id": call.id} if call.id else {}), "type": "function", "function": function}

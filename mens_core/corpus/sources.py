@@ -1,8 +1,10 @@
-"""Source folders and files → texts, each with the name it has in the rows; what is left out is booked."""
+"""Source folders and files → texts or lines, each with the name it has in the rows; what is left out is booked."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,14 +17,21 @@ __all__ = [
     "EXCLUDED_FOLDERS",
     "MARKDOWN_ENDINGS",
     "PYTHON_ENDINGS",
+    "ROWS_ENDINGS",
     "SourceFile",
     "find_sources",
+    "read_lines",
     "read_source",
 ]
 
 PYTHON_ENDINGS, MARKDOWN_ENDINGS = (".py",), (".md", ".markdown")
+#: Of files of validated rows. A folder's are not read: most files of this form hold something else.
+ROWS_ENDINGS = (".jsonl", ".jsonl.gz")
 #: Folders left out unless the caller says otherwise, besides hidden ones and virtual environments.
 EXCLUDED_FOLDERS = ("__pycache__", "node_modules", "site-packages")
+
+_UNNAMED_ROWS = "file of rows in a folder, read only where it is named itself"
+_IN_FOLDERS = (*PYTHON_ENDINGS, *MARKDOWN_ENDINGS)
 
 # Beyond this a file is data in disguise, and its syntax tree would take gigabytes.
 _LARGEST_FILE_BYTES = 4_000_000
@@ -40,9 +49,13 @@ class SourceFile:
     path: Path
     name: str
 
+    def ends_with(self, endings: tuple[str, ...]) -> bool:
+        """Whether it is a file of this kind, in capitals or not."""
+        return self.path.name.lower().endswith(endings)
+
 
 def find_sources(sources: Sequence[Path], excluded: Sequence[str], skipped: Ledger) -> list[SourceFile]:
-    """All Python and Markdown files, each once, in the order of the sources and sorted within each.
+    """All Python and Markdown files, and files of rows that are named; each once, sorted within its source.
 
     Args:
         sources: folders and files, at least one.
@@ -50,7 +63,7 @@ def find_sources(sources: Sequence[Path], excluded: Sequence[str], skipped: Ledg
         skipped: where files and folders that are left out are booked.
 
     Raises:
-        DataError: if a source is missing, or a file that was named is neither Python nor Markdown.
+        DataError: if a source is missing, or a file that was named is of none of these kinds.
     """
     if not sources:
         raise DataError("no source was named", expected="at least one folder or file")
@@ -62,11 +75,12 @@ def find_sources(sources: Sequence[Path], excluded: Sequence[str], skipped: Ledg
     for source in sources:
         label = _label(source, labels)
         for path, name in [(source, label)] if source.is_file() else _walk(source, label, excluded, skipped):
-            if not path.name.lower().endswith((*PYTHON_ENDINGS, *MARKDOWN_ENDINGS)):
-                if path == source:
-                    raise _unknown_kind(source)
-                skipped.add("neither Python nor Markdown", name)
-            elif found.setdefault(path.resolve(), SourceFile(path, name)).name != name:
+            file = SourceFile(path, name)
+            if path == source and not file.ends_with((*_IN_FOLDERS, *ROWS_ENDINGS)):
+                raise _unknown_kind(source)
+            if path != source and not file.ends_with(_IN_FOLDERS):
+                skipped.add(_UNNAMED_ROWS if file.ends_with(ROWS_ENDINGS) else "neither Python nor Markdown", name)
+            elif found.setdefault(path.resolve(), file).name != name:
                 skipped.add("reached a second time, by another source or a link", name)
     return list(found.values())
 
@@ -84,6 +98,19 @@ def read_source(file: SourceFile, skipped: Ledger) -> str | None:
     except OSError as error:
         skipped.add("cannot be read", f"{file.name} ({error.strerror})")
     return None
+
+
+def read_lines(file: SourceFile, skipped: Ledger) -> Iterator[bytes]:
+    """The lines of a file of rows, unpacked if it ends in ``.gz``; where it cannot be read on, that is booked."""
+    number = 0
+    try:
+        with gzip.open(file.path) if file.ends_with((".gz",)) else file.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):  # noqa: B007 (the number tells how far it was read)
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        skipped.add(
+            "cannot be read on", f"{file.name}, after line {number} ({getattr(error, 'strerror', None) or error})"
+        )
 
 
 def _label(source: Path, taken: set[str]) -> str:
@@ -116,7 +143,9 @@ def _left_out(folder: Path, excluded: Sequence[str]) -> bool:
 
 
 def _unknown_kind(source: Path) -> DataError:
-    endings = ", ".join((*PYTHON_ENDINGS, *MARKDOWN_ENDINGS))
+    endings = ", ".join((*_IN_FOLDERS, *ROWS_ENDINGS))
     return DataError(
-        "a source is neither Python nor Markdown", where=source, expected=f"a folder, or a file in {endings}"
+        "a source is neither Python nor Markdown nor a file of rows",
+        where=source,
+        expected=f"a folder, or a file in {endings}",
     )

@@ -1,75 +1,53 @@
-"""Rows → token ids with a mask, and the count of everything that was cut or left out."""
+"""Rendered conversations → token ids with a mask.
+
+The text is cut where an assistant's part begins and ends, and each piece is tokenised by itself, as it will be when the
+model has to go on from a prompt: no token of an answer ever reaches into the prompt, and the mask is the pieces' own.
+A tokenizer that puts something before every text cannot be cut; its whole texts are tokenised, and the mask is
+read off the places of the tokens.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import attrs
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from mens_core.corpus.row import Row
-from mens_core.errors import DataError, ModelError
+from mens_core.corpus.faults import Fault
+from mens_core.errors import ModelError
 from mens_core.hf.files import regular_size
 from mens_core.hf.layout import Layout
-from mens_core.text.chat import TURN_END, Segment, segments
+from mens_core.text.chat import Chat, ChatML, Rendered, open_chat
+from mens_core.text.guard import Guard
 from mens_core.text.lab import lab_tokenizer
+from mens_core.text.repeated import Repeated
+from mens_core.text.tokens import TokenRow
 
-__all__ = ["EncodedRows", "Encoder", "TokenRow", "encode_rows", "open_tokenizer"]
+__all__ = ["Encoder", "open_encoder", "open_tokenizer"]
 
-_MOST_DROPPED_BY_DEFAULT = 0.05
-_ROWS_AT_A_TIME = 1024
+# Ends of text that models use beside the end of a turn.
+_USUAL_STOPS = ("<|endoftext|>", "</s>", "<|eot_id|>", "<|end_of_text|>")
 
 
-@attrs.frozen(eq=False)
-class TokenRow:
-    """One row as tokens.
+def open_encoder(tokenizer: str, tokenizer_file: Path | None, folder: Path, layout: Layout) -> Encoder:
+    """The encoder of a base.
 
-    Attributes:
-        input_ids: (tokens,) int32.
-        supervised: (tokens,) bool, true where the token itself is to be predicted.
+    Args:
+        tokenizer: ``hf``, with the chat template that the folder holds, or ``lab``.
+        tokenizer_file: the tokenizer.json of ``hf``.
+        folder: of the model.
+        layout: of the model.
+
+    Raises:
+        ModelError: if tokenizer or chat template are malformed.
     """
-
-    input_ids: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
-
-
-@attrs.frozen(kw_only=True)
-class EncodedRows:
-    """The rows that will be trained on, and the ledger of what was not.
-
-    Attributes:
-        rows: in the file's order.
-        overlong_dropped: rows left out because they exceed the length.
-        truncated: rows cut to the length.
-        supervised_cut: supervised tokens lost by cutting.
-        unsupervised_dropped: rows left out because no supervised token remained.
-        left_out: further counters, of rows left out before they were encoded.
-    """
-
-    rows: tuple[TokenRow, ...]
-    overlong_dropped: int
-    truncated: int
-    supervised_cut: int
-    unsupervised_dropped: int
-    left_out: Mapping[str, int] = attrs.field(factory=dict)
-
-    def counters(self) -> dict[str, int]:
-        """The ledger as the manifest keeps it."""
-        return {
-            "rows": len(self.rows),
-            "tokens": sum(len(row.input_ids) for row in self.rows),
-            "supervised_tokens": sum(int(row.supervised.sum()) for row in self.rows),
-            "rows_dropped_overlong": self.overlong_dropped,
-            "rows_dropped_unsupervised": self.unsupervised_dropped,
-            "rows_truncated": self.truncated,
-            "supervised_tokens_cut": self.supervised_cut,
-            **self.left_out,
-        }
+    opened = open_tokenizer(tokenizer_file if tokenizer == "hf" else None, layout)
+    return Encoder(opened, open_chat(folder, opened) if tokenizer == "hf" else ChatML(opened))
 
 
 def open_tokenizer(path: Path | None, layout: Layout) -> Tokenizer:
@@ -97,108 +75,137 @@ def open_tokenizer(path: Path | None, layout: Layout) -> Tokenizer:
 
 
 class Encoder:
-    """Turns segments into ids with one tokenizer, in batches.
+    """Turns rendered conversations into ids and masks, in batches.
 
     Args:
         tokenizer: from tokenizer.json; truncation and padding it may carry are switched off.
+        chat: the model's own way to write conversations.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat: Chat) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # Content is never read as a control token, whatever it says.
-        tokenizer.encode_special_tokens = True
-        self.tokenizer = tokenizer
-        self.prefix = _sequence_start(tokenizer)
+        self.tokenizer, self.chat = tokenizer, chat
+        self.prefix = _sequence_start(tokenizer) if chat.adds_bos else ()
+        self._cuts = _can_be_cut(tokenizer)
 
-    def encode(self, rendered: Sequence[Sequence[Segment]]) -> list[TokenRow]:
-        """Encode conversations; each starts with the tokens the tokenizer puts before every sequence."""
-        texts = [segment.text for row in rendered for segment in row if self._tag(segment) is None]
-        contents = iter(self.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        return [self._row(row, contents) for row in rendered]
+    @functools.cached_property
+    def digest(self) -> str:
+        """Sha256 over all that decides the ids of a conversation."""
+        parts = (self.tokenizer.to_str(), self.chat.digest, str(self.prefix), str(self._cuts))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[TokenRow | Fault]:
+        """Encode conversations; in the place of one whose mask would cut a token stands what is wrong with it."""
+        plain = [one for one in rendered if not one.quoted]
+        encode = self._in_pieces if self._cuts else self._whole
+        encoded = iter(encode(self.tokenizer, [(one.text, one.supervised) for one in plain]))
+        return [self._quoting(one) if one.quoted else next(encoded) for one in rendered]
+
+    def prompt(self, rendered: Rendered) -> list[int]:
+        """The ids of one prompt.
+
+        Raises:
+            Fault: if it cannot be encoded.
+        """
+        row = self.encode([rendered])[0]
+        if isinstance(row, Fault):
+            raise row
+        ids: list[int] = row.input_ids.tolist()
+        return ids
 
     def stop_tokens(self) -> tuple[int, ...]:
-        """The ids that end a turn: the end tag where it is one token, and the usual end-of-text tokens."""
-        names = (TURN_END, "<|endoftext|>", "</s>", "<|eot_id|>", "<|end_of_text|>")
-        ids = (self.tokenizer.token_to_id(name) for name in names)
+        """The ids that end a turn: its end tags where they are one token, and the usual end-of-text tokens."""
+        ids = (self.tokenizer.token_to_id(name) for name in dict.fromkeys((*self.chat.end_tags, *_USUAL_STOPS)))
         return tuple(token for token in ids if token is not None)
 
-    def _tag(self, segment: Segment) -> int | None:
-        return self.tokenizer.token_to_id(segment.text) if segment.tag else None
+    def _in_pieces(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> Iterable[TokenRow | Fault]:
+        known = self._known if tokenizer is self.tokenizer else Repeated(tokenizer, ())
+        pieces = [known.pieces(text, supervised) for text, supervised in texts]
+        unknown = [text for row in pieces for text, ids, _ in row if ids is None]
+        encoded = iter(tokenizer.encode_batch_fast(unknown, add_special_tokens=False))
+        flat: list[int] = []
+        lengths: list[int] = []
+        marks: list[bool] = []
+        ends: list[int] = []
+        for row in pieces:
+            flat += self.prefix
+            lengths.append(len(self.prefix))
+            marks.append(False)
+            for text, ids, trained in row:
+                found = next(encoded).ids if ids is None else ids
+                if ids is None and not trained:
+                    known.learn(text, found)
+                flat += found
+                lengths.append(len(found))
+                marks.append(trained)
+            ends.append(len(flat))
+        tokens, mask = np.array(flat, np.int32), np.repeat(np.array(marks, np.bool_), lengths)
+        for start, end in itertools.pairwise([0, *ends]):
+            yield TokenRow(tokens[start:end], mask[start:end])
 
-    def _row(self, row: Sequence[Segment], contents: Iterator[Encoding]) -> TokenRow:
-        ids, mask = list(self.prefix), [False] * len(self.prefix)
-        for segment in row:
-            tag = self._tag(segment)
-            piece = next(contents).ids if tag is None else [tag]
-            ids.extend(piece)
-            mask.extend([segment.supervised] * len(piece))
-        return TokenRow(np.asarray(ids, np.int32), np.asarray(mask, np.bool_))
+    def _whole(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> Iterable[TokenRow | Fault]:
+        encoded = tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
+        swallowing = _swallowing(tokenizer)
+        for encoding, (_, supervised) in zip(encoded, texts, strict=True):
+            yield self._masked(encoding, supervised, swallowing)
+
+    def _masked(self, encoding: Encoding, supervised: _Spans, swallowing: frozenset[int]) -> TokenRow | Fault:
+        ids = np.asarray([*self.prefix, *encoding.ids], np.int32)
+        mask = np.zeros(len(ids), np.bool_)
+        offsets = encoding.offsets
+        starts = np.fromiter((start for start, _ in offsets), np.int64, len(offsets))
+        for start, end in supervised:
+            first, behind = (int(np.searchsorted(starts, place)) for place in (start, end))
+            before = first - 1
+            # A control token that takes the blanks behind it with it leaves none of the answer's own.
+            if before >= 0 and offsets[before][1] > start and encoding.ids[before] not in swallowing:
+                return Fault(
+                    "an answer whose first characters are one token with the end of the prompt",
+                    "an answer that does not start with blanks: this tokenizer cannot tell them from the prompt's",
+                )
+            mask[len(self.prefix) + first : len(self.prefix) + behind] = True
+        return TokenRow(ids, mask)
+
+    def _quoting(self, rendered: Rendered) -> TokenRow | Fault:
+        """Encode a conversation that quotes control tokens."""
+        guard = self._guard
+        encode = self._in_pieces if self._cuts else self._whole
+        try:
+            (row,) = encode(guard.tokenizer, [guard.rename(rendered)])
+            if isinstance(row, Fault):
+                return row
+            quoted = (rendered.text[start:end] for start, end in rendered.quoted)
+            return TokenRow(guard.restore(row.input_ids, quoted), row.supervised)
+        except Fault as fault:
+            return fault
+
+    @functools.cached_property
+    def _guard(self) -> Guard:
+        return Guard(self.tokenizer)
+
+    @functools.cached_property
+    def _known(self) -> Repeated:
+        return Repeated(self.tokenizer, self.chat.end_tags)
 
 
-def encode_rows(rows: Iterable[Row], encoder: Encoder, *, seq_len: int, on_overlong: str) -> EncodedRows:
-    """Encode a file's rows and apply the length policy.
-
-    Args:
-        rows: from ``corpus.rows``.
-        encoder: for the model's tokenizer.
-        seq_len: longest row, in tokens.
-        on_overlong: ``auto`` drops, but not more than 5 % of the rows; ``drop``; ``truncate`` keeps the head;
-            ``error``.
-
-    Raises:
-        DataError: if a row is too long under ``error``, too many are under ``auto``, or none remains.
-    """
-    kept: list[TokenRow] = []
-    counts = Counter[str]()
-    longest = 0
-    for row in _encoded(rows, encoder):
-        counts["all"] += 1
-        longest = max(longest, len(row.input_ids))
-        supervised = row.supervised
-        if len(row.input_ids) > seq_len:
-            counts["overlong"] += 1
-            if on_overlong != "truncate":
-                continue
-            counts["cut"] += int(supervised[seq_len:].sum())
-            supervised = supervised[:seq_len]
-        if supervised[1:].any():
-            kept.append(TokenRow(row.input_ids[:seq_len], supervised))
-        else:
-            counts["unsupervised"] += 1
-    _check_overlong(counts, longest, seq_len, on_overlong)
-    if not kept:
-        raise DataError(
-            "no row is left to train on",
-            where=f"{counts['all']} rows: {counts['overlong']} longer than {seq_len} tokens, "
-            f"{counts['unsupervised']} unsupervised",
-            fix="raise --seq-len or shorten the rows",
-        )
-    truncates = on_overlong == "truncate"
-    return EncodedRows(
-        rows=tuple(kept),
-        overlong_dropped=0 if truncates else counts["overlong"],
-        truncated=counts["overlong"] if truncates else 0,
-        supervised_cut=counts["cut"],
-        unsupervised_dropped=counts["unsupervised"],
-    )
+_Spans = Sequence[tuple[int, int]]
+_Marked = tuple[str, _Spans]
 
 
-def _encoded(rows: Iterable[Row], encoder: Encoder) -> Iterator[TokenRow]:
-    """Encode in pieces: the tokenizer's own records of a row are fifty times as large as its ids."""
-    remaining = iter(rows)
-    while piece := list(islice(remaining, _ROWS_AT_A_TIME)):
-        yield from encoder.encode([segments(row.turns) for row in piece])
+def _can_be_cut(tokenizer: Tokenizer) -> bool:
+    """Whether a text's pieces give the text's tokens: nothing is put before a piece, nothing swallows its blanks."""
+
+    def ids(text: str) -> Any:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return ids("a\nb") == ids("a\n") + ids("b") and not _swallowing(tokenizer)
 
 
-def _check_overlong(counts: Counter[str], longest: int, seq_len: int, on_overlong: str) -> None:
-    allowed = {"error": 0.0, "auto": _MOST_DROPPED_BY_DEFAULT}.get(on_overlong, 1.0)
-    if counts["overlong"] > allowed * counts["all"]:
-        raise DataError(
-            f"{counts['overlong']} of {counts['all']} rows are longer than {seq_len} tokens (the longest: {longest})",
-            expected=f"at most {allowed:.0%} of the rows to be dropped for their length",
-            fix=f"--seq-len {longest}, or accept the loss with --on-overlong drop or --on-overlong truncate",
-        )
+def _swallowing(tokenizer: Tokenizer) -> frozenset[int]:
+    """The added tokens that take the blanks beside them with them."""
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(token for token, entry in added.items() if entry.lstrip or entry.rstrip)
 
 
 def _sequence_start(tokenizer: Tokenizer) -> tuple[int, ...]:

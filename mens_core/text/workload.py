@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
+from mens_core.contract import FineTuneContract
 from mens_core.plan import Workload
-from mens_core.sections import TrainingSpec
-from mens_core.text.encode import TokenRow
-from mens_core.text.pack import run_shape, steps_per_epoch, total_steps
+from mens_core.text.pack import Batching, total_steps
+from mens_core.text.tokens import TokenRows
 
 __all__ = ["workload"]
 
@@ -17,34 +15,29 @@ __all__ = ["workload"]
 _ROWS_DRAWN = 20_000
 
 
-def workload(rows: Sequence[TokenRow], spec: TrainingSpec, *, num_rows: int, source: str) -> Workload:
+def workload(rows: TokenRows, contract: FineTuneContract, *, num_rows: int, source: str) -> Workload:
     """Describe a run.
 
     Args:
         rows: all rows of the run, or a sample of them; at least one.
-        spec: batch, accumulation, epochs and seed.
+        contract: batch, accumulation, packing, epochs and seed.
         num_rows: how many rows the run has.
         source: where the rows come from, for people.
     """
-    lengths = np.asarray([len(row.input_ids) for row in rows], np.float64)
-    supervised = np.asarray([int(row.supervised[1:].sum()) for row in rows], np.float64)
-    drawn = rows if len(rows) >= num_rows else _repeated(rows, min(num_rows, _ROWS_DRAWN))
-    per_epoch = steps_per_epoch(num_rows, batch_size=spec.batch_size, grad_accum=spec.grad_accum)
+    batching, spec = Batching.of(contract), contract.training
+    lengths = rows.lengths.astype(np.float64)
+    drawn = rows if len(rows) >= num_rows else rows.take(np.arange(min(num_rows, _ROWS_DRAWN)) % len(rows))
+    batches = -(-batching.count(drawn.lengths) * num_rows // len(drawn))
+    per_epoch = -(-batches // spec.grad_accum)
     rows_a_step = num_rows / per_epoch
     return Workload(
-        shape=run_shape(
-            drawn, batch_size=spec.batch_size, grad_accum=spec.grad_accum, seed=spec.seed, epochs=spec.epochs
-        ),
-        batches=-(-num_rows // spec.batch_size) / per_epoch,
+        shape=batching.shape(drawn, spec.epochs),
+        batches=batches / per_epoch,
         tokens=float(lengths.mean()) * rows_a_step,
-        supervised=float(supervised.mean()) * rows_a_step,
+        supervised=float(rows.trained.mean()) * rows_a_step,
         pairs=float((lengths**2).mean()) * rows_a_step,
         rows=num_rows,
         row_tokens=float(lengths.mean()),
-        steps=total_steps(num_rows, spec),
+        steps=total_steps(per_epoch, spec),
         source=source,
     )
-
-
-def _repeated(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
-    return [rows[place % len(rows)] for place in range(count)]

@@ -10,10 +10,10 @@ from typing import Any
 import attrs
 
 from mens_core.backend import Backend
+from mens_core.contract import FineTuneContract
 from mens_core.exchange import Batch, StepMetrics
-from mens_core.sections import TrainingSpec
-from mens_core.text.encode import TokenRow
-from mens_core.text.pack import batches, total_steps, windows
+from mens_core.text.pack import Batching, pack, total_steps
+from mens_core.text.tokens import TokenRows
 from mens_core.training.guards import check_finite
 from mens_core.training.memory import peak_memory_bytes
 from mens_core.training.schedule import learning_rate, warmup_for
@@ -56,7 +56,7 @@ class Progress:
 
 
 def train(
-    backend: Backend, session: Any, rows: Sequence[TokenRow], spec: TrainingSpec, telemetry: Telemetry
+    backend: Backend, session: Any, rows: TokenRows, contract: FineTuneContract, telemetry: Telemetry
 ) -> Progress:
     """Step through all windows of all epochs.
 
@@ -66,10 +66,11 @@ def train(
     Raises:
         TrainingError: if a loss or gradient norm is not finite.
     """
-    total = total_steps(len(rows), spec)
+    spec, batching = contract.training, Batching.of(contract)
+    total = total_steps(batching.steps(rows.lengths), spec)
     warmup = warmup_for(total, spec.warmup_steps)
     progress, pending = Progress(), None
-    for step, (epoch, window) in enumerate(_windows(rows, spec)):
+    for step, (epoch, window) in enumerate(_windows(rows, batching, spec.epochs)):
         if step == total:
             break
         rate = learning_rate(
@@ -86,17 +87,16 @@ def train(
     return progress
 
 
-def evaluate(backend: Backend, session: Any, rows: Sequence[TokenRow], batch_size: int) -> float:
+def evaluate(backend: Backend, session: Any, rows: TokenRows, batch_size: int) -> float:
     """Mean cross-entropy over all supervised tokens of the rows, in nats."""
-    sums = [backend.loss(session, batch) for batch in batches(rows, batch_size)]
+    starts = range(0, len(rows), batch_size)
+    sums = [backend.loss(session, pack(rows[start : start + batch_size])) for start in starts]
     return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
-def _windows(rows: Sequence[TokenRow], spec: TrainingSpec) -> Iterator[tuple[int, list[Batch]]]:
-    for epoch in range(spec.epochs):
-        for window in windows(
-            rows, batch_size=spec.batch_size, grad_accum=spec.grad_accum, seed=spec.seed, epoch=epoch
-        ):
+def _windows(rows: TokenRows, batching: Batching, epochs: int) -> Iterator[tuple[int, list[Batch]]]:
+    for epoch in range(epochs):
+        for window in batching.windows(rows, epoch):
             yield epoch, window
 
 

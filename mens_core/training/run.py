@@ -21,10 +21,10 @@ from mens_core.artifacts.rundir import RunDirectory
 from mens_core.backend import Backend
 from mens_core.hf.inventory import read_inventory
 from mens_core.plan import ExecutionPlan
-from mens_core.text.encode import EncodedRows, Encoder, open_tokenizer
-from mens_core.text.pack import run_shape, total_steps
+from mens_core.text.encode import open_encoder
+from mens_core.text.pack import Batching, total_steps
 from mens_core.training.accuracy import beside_measured
-from mens_core.training.data import check_enough, load_rows
+from mens_core.training.data import ReadRows, check_enough, load_rows
 from mens_core.training.guards import check_changed, check_trainable
 from mens_core.training.loop import Progress, evaluate, train
 from mens_core.training.memory import peak_memory_bytes
@@ -68,12 +68,18 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
         TrainingError: the run was stopped; the manifest says ``failed`` and why.
         KeyboardInterrupt: passed on; the manifest says ``interrupted``.
     """
-    rows, held_out = _read_data(plan)
+    rows, held_out = _read_data(plan, observers)
     with RunDirectory.claim(plan.contract.output) as folder:
         manifest = Manifest(folder.manifest, plan, backend.plugin)
         try:
             write_json(folder.preflight, _preflight(plan))
-            manifest.update(status="running", pid=os.getpid(), counters=rows.counters(), sha256=_hashes(plan))
+            manifest.update(
+                status="running",
+                pid=os.getpid(),
+                counters=rows.counters(),
+                lengths=rows.ledger.as_dict(),
+                sha256=_hashes(plan),
+            )
             with Telemetry(folder.telemetry, [backend.event, *observers]) as telemetry:
                 results, progress = _train(plan, backend, rows, held_out, folder, telemetry)
         except KeyboardInterrupt:
@@ -102,27 +108,33 @@ def _estimate(plan: ExecutionPlan, results: Mapping[str, Any]) -> dict[str, Any]
     )
 
 
-def _read_data(plan: ExecutionPlan) -> tuple[EncodedRows, EncodedRows | None]:
+def _read_data(plan: ExecutionPlan, observers: Sequence[Observer]) -> tuple[ReadRows, ReadRows | None]:
     assert plan.train_file is not None, "a plan to train has rows"
-    encoder = Encoder(open_tokenizer(plan.tokenizer_file, plan.layout))
-    rows = load_rows(plan.train_file, plan.contract, encoder)
+    encoder = open_encoder(plan.tokenizer, plan.tokenizer_file, plan.model_dir, plan.layout)
+
+    def news(rows: int) -> None:
+        # The run has no folder yet, and so no telemetry.
+        for observer in observers:
+            observer({"event": "rows_read", "payload": {"rows": rows}})
+
+    rows = load_rows(plan.train_file, plan.contents["train.jsonl"], plan.contract, encoder, news=news)
     check_enough(plan.train_file, rows, plan.contract.data.min_rows)
-    return rows, load_rows(plan.eval_file, plan.contract, encoder) if plan.eval_file else None
+    if plan.eval_file is None:
+        return rows, None
+    return rows, load_rows(plan.eval_file, plan.contents["eval.jsonl"], plan.contract, encoder, news=news)
 
 
 def _train(
     plan: ExecutionPlan,
     backend: Backend,
-    rows: EncodedRows,
-    held_out: EncodedRows | None,
+    rows: ReadRows,
+    held_out: ReadRows | None,
     folder: RunDirectory,
     telemetry: Telemetry,
 ) -> tuple[dict[str, Any], Progress]:
     spec = plan.contract.training
     telemetry.emit("train_start", _train_start(plan, rows, held_out))
-    shape = run_shape(
-        rows.rows, batch_size=spec.batch_size, grad_accum=spec.grad_accum, seed=spec.seed, epochs=spec.epochs
-    )
+    shape = Batching.of(plan.contract).shape(rows.rows, spec.epochs)
     session = backend.open(plan, shape)
     start = initial_state(backend.state(session).adapter, spec.seed)
     check_trainable(start)
@@ -131,7 +143,7 @@ def _train(
     if held_out is not None:
         results["eval_loss_before"] = evaluate(backend, session, held_out.rows, spec.batch_size)
         telemetry.emit("evaluation", {"step": 0, "eval_loss": results["eval_loss_before"]})
-    progress = train(backend, session, rows.rows, spec, telemetry)
+    progress = train(backend, session, rows.rows, plan.contract, telemetry)
     if held_out is not None:
         results["eval_loss_after"] = evaluate(backend, session, held_out.rows, spec.batch_size)
         results["eval_counters"] = held_out.counters()
@@ -150,7 +162,7 @@ def _train(
     return results, progress
 
 
-def _train_start(plan: ExecutionPlan, rows: EncodedRows, held_out: EncodedRows | None) -> dict[str, Any]:
+def _train_start(plan: ExecutionPlan, rows: ReadRows, held_out: ReadRows | None) -> dict[str, Any]:
     spec = plan.contract.training
     return {
         "telemetry_schema": TELEMETRY_SCHEMA,
@@ -166,7 +178,7 @@ def _train_start(plan: ExecutionPlan, rows: EncodedRows, held_out: EncodedRows |
         "seed": spec.seed,
         "grad_accum": spec.grad_accum,
         "epochs": spec.epochs,
-        "planned_steps_total": total_steps(len(rows.rows), spec),
+        "planned_steps_total": total_steps(Batching.of(plan.contract).steps(rows.rows.lengths), spec),
         "pairs_loaded": len(rows.rows),
         "held_out_rows": len(held_out.rows) if held_out else 0,
         "estimate": plan.estimate(),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mens_core.corpus.markdown_pairs import blocks_of
 from mens_core.corpus.pair import Ledger
-from mens_core.corpus.python_pairs import functions_of, python_pairs
+from mens_core.corpus.python_functions import functions_of
+from mens_core.corpus.python_pairs import Shares, python_pieces
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 # Decorators, nested classes, multi-line strings, coroutines and non-ASCII comments.
@@ -145,7 +146,8 @@ def test_every_function_of_a_part_of_the_standard_library_survives_the_cut() -> 
 def test_a_body_that_does_nothing_is_booked_and_gives_no_row() -> None:
     dropped = Ledger()
     text = 'def a(): ...\n\ndef b():\n    """Documented."""\n\ndef c():\n    raise NotImplementedError("no")\n'
-    assert list(python_pairs(text, "x.py", dropped)) == []
+    shares = Shares(negatives=1, multi_turn=1, seed=0, max_chars=900)
+    assert list(python_pieces(text, "x.py", dropped, shares)) == []
     (tally,) = dropped.tallies().values()
     assert (tally.count, tally.examples) == (5, ("x.py:1", "x.py:3", "x.py:6"))
 

@@ -109,7 +109,7 @@ def test_a_byte_order_mark_windows_line_ends_and_a_missing_last_newline_are_acce
         ({"prompt": "a", "response": "b", "system": ""}, "'system' is empty"),
         ({"prompt": "a", "instruction": "A", "response": "b"}, "'prompt' and 'instruction' that differ"),
         ({"prompt": "a", "response": "b", "output": "B"}, "'response' and 'output' that differ"),
-        ({"instruction": "a", "input": "x", "output": "b"}, "an 'input' beside the prompt"),
+        ({"prompt": "a", "input": "x", "response": "b"}, "an 'input' beside a 'prompt'"),
         (
             {"prompt": "a", "turns": [{"role": "assistant", "content": "b"}]},
             "both turns and prompt or response",

@@ -1,0 +1,226 @@
+"""A file's rows as tokens, with what is needed to choose among them: built once, kept in memory or on disk.
+
+rows ─▶ rendered ─▶ tokenised, a thousand at a time, beside the reading of the next ─▶ flat arrays
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from mens_core.corpus.faults import Fault, Faults
+from mens_core.corpus.row import Row
+from mens_core.text.chat import Chat, Rendered
+from mens_core.text.encode import Encoder
+from mens_core.text.tokens import TokenRow, TokenRows
+
+__all__ = ["NO_RATING", "UNUSABLE_RATING", "Columns", "RowTable", "Supervision", "table_in_memory", "write_tokens"]
+
+#: Stand in the column of ratings for a row without one, and for one whose rating is no number from 1 to 5.
+NO_RATING, UNUSABLE_RATING = 0.0, -1.0
+
+_ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 1024, 1 << 20
+_PLACE = re.compile("[/:]")
+_UNNAMED = "(no source)"
+_SEARCHED = ("category", "lane", "task_family")
+
+
+@attrs.frozen
+class Supervision:
+    """Which of the assistant's tokens are trained on.
+
+    Attributes:
+        last_only: the last turn's alone.
+        suffix: at most so many of a row's, counted from its end; None for all.
+    """
+
+    last_only: bool = False
+    suffix: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Supervision:
+        """Read ``all-assistant``, ``last-assistant`` or ``suffix-K``."""
+        kind, _, number = text.partition("-")
+        return cls(last_only=kind == "last", suffix=int(number) if kind == "suffix" else None)
+
+
+@attrs.frozen(eq=False)
+class Columns:
+    """What the rows of a file say of themselves.
+
+    Attributes:
+        lines: (rows,) int64, line numbers from 1.
+        sources: names of sources.
+        source: (rows,) int32, places in ``sources``.
+        ratings: (rows,) float32, 1 to 5, ``NO_RATING`` or ``UNUSABLE_RATING``.
+        contexts: what category, lane and task family say, in lower case, each followed by a line feed.
+        context: (rows,) int32, places in ``contexts``.
+    """
+
+    lines: NDArray[np.int64]
+    sources: Sequence[str]
+    source: NDArray[np.int32]
+    ratings: NDArray[np.float32]
+    contexts: Sequence[str]
+    context: NDArray[np.int32]
+
+
+@attrs.frozen(eq=False)
+class RowTable:
+    """The rows of a file that can be used, as tokens.
+
+    Attributes:
+        rows: in the file's order.
+        columns: what they say of themselves.
+        faults: the rows that cannot be used.
+    """
+
+    rows: TokenRows
+    columns: Columns
+    faults: Faults
+
+    def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> RowTable:
+        """The rows at these places, or where this is true."""
+        columns = attrs.evolve(
+            self.columns,
+            **{name: getattr(self.columns, name)[places] for name in ("lines", "source", "ratings", "context")},
+        )
+        return attrs.evolve(self, rows=self.rows.take(places), columns=columns)
+
+
+def table_in_memory(rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults) -> RowTable:
+    """Encode rows; those that cannot be rendered or encoded are booked in ``faults``."""
+    ids, mask = io.BytesIO(), io.BytesIO()
+    lengths, trained, columns = write_tokens(rows, encoder, supervision, faults, ids, mask)
+    tokens, marks = np.frombuffer(ids.getvalue(), np.int32), np.frombuffer(mask.getvalue(), np.bool_)
+    return RowTable(TokenRows.laid_out(tokens, marks, lengths, trained), columns, faults)
+
+
+def write_tokens(
+    rows: Iterable[Row],
+    encoder: Encoder,
+    supervision: Supervision,
+    faults: Faults,
+    ids: IO[bytes],
+    mask: IO[bytes],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], Columns]:
+    """Encode rows into two files.
+
+    Args:
+        rows: from ``corpus.rows``.
+        encoder: of the model.
+        supervision: what is trained on.
+        faults: where rows are booked that cannot be rendered or encoded.
+        ids: takes int32.
+        mask: takes one byte a token, 0 or 1.
+
+    Returns:
+        (tokens of each row, supervised tokens of each row without its first, columns).
+    """
+    lengths, trained, columns = array("q"), array("q"), _Growing()
+    for row, tokens in _encoded(rows, encoder, supervision, faults):
+        ids.write(tokens.input_ids.data)
+        mask.write(tokens.supervised.data)
+        lengths.append(len(tokens.input_ids))
+        trained.append(int(np.count_nonzero(tokens.supervised[1:])))
+        columns.add(row)
+    return np.frombuffer(lengths, np.int64), np.frombuffer(trained, np.int64), columns.done()
+
+
+def _encoded(
+    rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults
+) -> Iterator[tuple[Row, TokenRow]]:
+    """Every row that can be encoded, with its tokens, in order."""
+    # The tokenizer leaves the interpreter to others while it works.
+    with ThreadPoolExecutor(1) as beside:
+        earlier: tuple[list[Row], Future[list[TokenRow | Fault]]] | None = None
+        for some, rendered in _rendered(rows, encoder.chat, supervision, faults):
+            begun = some, beside.submit(encoder.encode, rendered)
+            if earlier is not None:
+                yield from _usable(*earlier, supervision, faults)
+            earlier = begun
+        if earlier is not None:
+            yield from _usable(*earlier, supervision, faults)
+
+
+def _rendered(
+    rows: Iterable[Row], chat: Chat, supervision: Supervision, faults: Faults
+) -> Iterator[tuple[list[Row], list[Rendered]]]:
+    """Rows and their texts, so many at a time that what the tokenizer makes of them stays small."""
+    some: list[Row] = []
+    texts: list[Rendered] = []
+    characters = 0
+    for row in rows:
+        try:
+            rendered = chat.render(row.turns, row.tools, last_only=supervision.last_only)
+        except Fault as fault:
+            faults.add(fault, row.line)
+            continue
+        some.append(row)
+        texts.append(rendered)
+        characters += len(rendered.text)
+        if len(some) == _ROWS_AT_A_TIME or characters >= _CHARACTERS_AT_A_TIME:
+            yield some, texts
+            some, texts, characters = [], [], 0
+    if some:
+        yield some, texts
+
+
+def _usable(
+    rows: Sequence[Row], begun: Future[list[TokenRow | Fault]], supervision: Supervision, faults: Faults
+) -> Iterator[tuple[Row, TokenRow]]:
+    for row, tokens in zip(rows, begun.result(), strict=True):
+        if isinstance(tokens, Fault):
+            faults.add(tokens, row.line)
+        else:
+            if supervision.suffix is not None:
+                tokens.supervised[np.flatnonzero(tokens.supervised)[: -supervision.suffix]] = False
+            yield row, tokens
+
+
+class _Growing:
+    """Columns while rows are added; texts that come again are kept once."""
+
+    def __init__(self) -> None:
+        self._lines, self._ratings = array("q"), array("f")
+        self._source, self._context = array("i"), array("i")
+        self._sources: dict[str, int] = {}
+        self._contexts: dict[str, int] = {}
+
+    def add(self, row: Row) -> None:
+        metadata = row.metadata
+        self._lines.append(row.line)
+        self._ratings.append(_rating(metadata.get("rating")))
+        self._source.append(self._sources.setdefault(_group(row.source), len(self._sources)))
+        said = "".join([f"{metadata.get(key) or ''}\n" for key in _SEARCHED]).lower()
+        self._context.append(self._contexts.setdefault(said, len(self._contexts)))
+
+    def done(self) -> Columns:
+        return Columns(
+            lines=np.frombuffer(self._lines, np.int64),
+            sources=tuple(self._sources),
+            source=np.frombuffer(self._source, np.int32),
+            ratings=np.frombuffer(self._ratings, np.float32),
+            contexts=tuple(self._contexts),
+            context=np.frombuffer(self._context, np.int32),
+        )
+
+
+def _group(source: str) -> str:
+    """What rows are counted by: the project or kind in front of the place that a row's source names."""
+    return _PLACE.split(source, maxsplit=1)[0] or _UNNAMED
+
+
+def _rating(rating: object) -> float:
+    if rating is None:
+        return NO_RATING
+    usable = isinstance(rating, int | float) and not isinstance(rating, bool) and 1 <= rating <= 5
+    return float(rating) if usable else UNUSABLE_RATING  # type: ignore[arg-type]

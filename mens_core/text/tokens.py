@@ -1,0 +1,106 @@
+"""Token rows: many rows in three flat arrays, in memory or mapped from disk, seen one by one.
+
+input_ids    t₀ t₁ t₂ t₃ t₄ t₅ t₆ …
+supervised   ·  ·  ×  ×  ·  ·  × …
+spans        [0,4) [4,7) …        a row is a span; cutting a row moves its ends and copies nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["TokenRow", "TokenRows"]
+
+
+@attrs.frozen(eq=False)
+class TokenRow:
+    """One row as tokens.
+
+    Attributes:
+        input_ids: (tokens,) int32.
+        supervised: (tokens,) bool, true where the token itself is to be predicted; of the first token it has no
+            meaning, since nothing stands before it.
+    """
+
+    input_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+
+@attrs.frozen(eq=False)
+class TokenRows(Sequence[TokenRow]):
+    """Rows of tokens.
+
+    Attributes:
+        input_ids: (all tokens,) int32.
+        supervised: (all tokens,) bool.
+        starts: (rows,) int64, where each row begins.
+        ends: (rows,) int64, behind its last token.
+        trained: (rows,) int64, supervised tokens of each row without its first token.
+    """
+
+    input_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    trained: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Iterable[TokenRow]) -> TokenRows:
+        """Lay single rows end to end."""
+        listed = list(rows)
+        return cls.laid_out(
+            np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in listed)]),
+            np.concatenate([np.empty(0, np.bool_), *(row.supervised for row in listed)]),
+            np.asarray([len(row.input_ids) for row in listed], np.int64),
+            np.asarray([np.count_nonzero(row.supervised[1:]) for row in listed], np.int64),
+        )
+
+    @classmethod
+    def laid_out(
+        cls,
+        input_ids: NDArray[np.int32],
+        supervised: NDArray[np.bool_],
+        lengths: NDArray[np.int64],
+        trained: NDArray[np.int64],
+    ) -> TokenRows:
+        """Rows that already lie end to end."""
+        ends = np.cumsum(lengths)
+        return cls(input_ids, supervised, ends - lengths, ends, trained)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows,) tokens of each row."""
+        return self.ends - self.starts
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenRow: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> TokenRows: ...
+
+    def __getitem__(self, place: int | slice) -> TokenRow | TokenRows:
+        if isinstance(place, slice):
+            return self.take(np.arange(len(self))[place])
+        start, end = self.starts[place], self.ends[place]
+        return TokenRow(self.input_ids[start:end], self.supervised[start:end])
+
+    def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> TokenRows:
+        """The rows at these places, or where this is true; no token is copied."""
+        return attrs.evolve(self, starts=self.starts[places], ends=self.ends[places], trained=self.trained[places])
+
+    def cut(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> TokenRows:
+        """The rows with these spans instead; their supervised tokens are counted anew."""
+        trained = np.fromiter(
+            (np.count_nonzero(self.supervised[start + 1 : end]) for start, end in zip(starts, ends, strict=True)),
+            np.int64,
+            len(starts),
+        )
+        return attrs.evolve(self, starts=starts, ends=ends, trained=trained)
