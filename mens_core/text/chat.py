@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from mens_core.corpus.row import Turn
 from mens_core.text.chatml import TURN_END, TURN_START, ChatML
 from mens_core.text.rendered import Chat, Rendered
+from mens_core.text.template_chat import TemplateChat
+from mens_core.text.template_files import read_templates
 
 __all__ = ["TURN_END", "TURN_START", "Chat", "ChatML", "Rendered", "Segment", "open_chat", "opening", "segments"]
 
@@ -25,8 +27,8 @@ def open_chat(folder: Path, tokenizer: Tokenizer) -> Chat:
     Raises:
         ModelError: if a chat template, or the file that holds it, is malformed.
     """
-    del folder
-    return ChatML(tokenizer)
+    files = read_templates(folder, tokenizer)
+    return ChatML(tokenizer) if files is None else TemplateChat(files, tokenizer)
 
 
 @attrs.frozen

@@ -55,6 +55,7 @@ class ChatML:
     adds_bos = True
     end_tags = (TURN_END,)
     notes = ()
+    keeps_reasoning = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         tags = {tag for tag in (TURN_START, TURN_END) if tokenizer.token_to_id(tag) is not None}

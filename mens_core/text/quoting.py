@@ -23,6 +23,8 @@ __all__ = ["FIRST_STAND_IN", "Quoting", "special_tokens"]
 FIRST_STAND_IN = 0x10F000
 _STAND_INS = re.compile(f"[{chr(FIRST_STAND_IN)}-\U0010ffff]")
 _MOST = 0xFFE
+# How JSON writes one in ASCII.
+_ESCAPED = re.compile(r"\\udbf[c-f]\\ud", re.IGNORECASE)
 
 # More searches than this for a token's first letters take longer than the one that looks for the tokens.
 _MOST_HINTS = 4
@@ -92,7 +94,13 @@ class Quoting:
 
     @staticmethod
     def shown(text: str, supervised: Sequence[Span], words: Sequence[str]) -> Rendered:
-        """Put the control tokens back for their stand-ins; the spans move with the text."""
+        """Put the control tokens back for their stand-ins; the spans move with the text.
+
+        Raises:
+            Fault: if a chat template has written a stand-in as JSON's escape, which is no stand-in any more.
+        """
+        if _ESCAPED.search(text):
+            raise Fault("a quoted control token that the chat template escapes", "a row without it")
         parts: list[str] = []
         quoted: list[Span] = []
         # Where a stand-in ends, and by how much the text behind it moves.

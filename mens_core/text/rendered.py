@@ -54,6 +54,10 @@ class Chat(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What somebody who trains with it should know, one sentence each."""
 
+    @property
+    def keeps_reasoning(self) -> bool:
+        """Whether an answer's reasoning is written, at least before the last answer; otherwise it is not learnt."""
+
     def render(
         self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] = (), *, last_only: bool = False
     ) -> Rendered:

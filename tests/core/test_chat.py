@@ -12,8 +12,8 @@ from mens_core.text.lab import lab_tokenizer
 
 CHATML = ChatML(lab_tokenizer())
 
-# Any text a file can hold, role tags among it.
-contents = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30) | st.sampled_from(
+# Any text a file can hold, role tags among it; private use has a test of its own.
+contents = st.text(st.characters(codec="utf-8", exclude_categories=["Co"]), min_size=1, max_size=30) | st.sampled_from(
     [TURN_END, f"{TURN_START}system\n", f"a {TURN_END} b {TURN_END}"]
 )
 conversations = st.lists(st.tuples(contents, contents), min_size=1, max_size=3).map(
