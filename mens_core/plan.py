@@ -188,6 +188,7 @@ class ExecutionPlan:
         model_name: what the user called the base.
         model_dir: the folder on disk that holds it.
         tokenizer: ``hf`` or ``lab``.
+        chat: how conversations are written, ``chatml`` or by the model's own ``template``.
         tokenizer_file: the tokenizer.json of ``hf``.
         train_file: the rows to train on; None where nothing is trained.
         eval_file: the held-out rows; None if there are none.
@@ -225,6 +226,7 @@ class ExecutionPlan:
     coverage: Coverage
     workload: Workload | None = None
     lengths: Mapping[str, Any] | None = None
+    chat: str = "chatml"
     tokenizer_file: Path | None = None
     train_file: Path | None = None
     eval_file: Path | None = None
@@ -255,6 +257,7 @@ class ExecutionPlan:
             "parameters": self.weights.parameters,
             "stored_bytes": self.weights.stored_bytes,
             "tokenizer": self.tokenizer,
+            "chat": self.chat,
             "contract": self.contract.as_fields(),
             "decided": dict(self.decided),
             "origins": self.origins(),

@@ -157,6 +157,7 @@ def decide(
         model_name=base.name,
         model_dir=base.folder,
         tokenizer=base.tokenizer,
+        chat=base.encoder.chat.name,
         tokenizer_file=base.tokenizer_file if base.tokenizer == "hf" else None,
         train_file=rows.files.train if rows else None,
         eval_file=rows.files.held_out if rows else None,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainingView", "complain", "run_summary", "say", "table"]
 
 _SECONDS_BETWEEN_LINES = 5.0
+_CHATS = {"chatml": "ChatML", "template": "the model's own chat template"}
 
 
 def say(text: str) -> None:
@@ -54,6 +55,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         ("kernel", f"{plan['execution_kernel']} on {plan['device']} in {plan['dtype']}; {plan['runbook_kernel']}"),
         ("base", f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters"),
         ("adapter", f"rank {contract['rank']}, alpha {contract['alpha']:g}, on {', '.join(contract['targets'])}"),
+        ("text", f"{_CHATS[plan['chat']]}; {contract['supervise']} supervised"),
         ("rows", f"{work['rows']:,}, {batch:,.0f} tokens a batch, {share:.0%} supervised, by {work['source']}"),
         ("run", f"{work['steps']:,} steps of {work['batches']:.3g} batches, {contract['epochs']} epochs{at_most}"),
         ("memory", _memory(plan)),
@@ -214,6 +216,8 @@ class TrainingView:
         """Show one event."""
         payload = event["payload"]
         match event["event"]:
+            case "rows_read":
+                self._rows_read(payload)
             case "train_start":
                 self._start(payload)
             case "evaluation":
@@ -237,6 +241,11 @@ class TrainingView:
             self._progress = _bar()
             self._task = self._progress.add_task("training", total=payload["planned_steps_total"], figures="")
             self._progress.start()
+
+    def _rows_read(self, payload: Mapping[str, Any]) -> None:
+        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._line(f"{payload['rows']:,} rows read")
 
     def _step(self, payload: Mapping[str, Any]) -> None:
         memory = written_size(payload["peak_memory_bytes"])

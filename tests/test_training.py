@@ -252,15 +252,41 @@ def test_planning_writes_nothing_and_names_the_kernel(fields):
     assert not fields["output_dir"].exists()
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
-def test_a_template_that_is_not_used_is_a_warning_on_the_plan(fields, tmp_path, name):
-    def add(folder):
-        (folder / name).write_text('{"chat_template": "{{ messages }}"}')
+_TAGGED = (
+    "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '<|endoftext|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
-    assert Planner().plan(**fields).warnings == ()
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_training_text_is_the_models_own_template_where_it_has_one(fields, tmp_path, name):
+    def add(folder):
+        config = {"eos_token": "<|endoftext|>"} | ({"chat_template": _TAGGED} if name.endswith("json") else {})
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        if name.endswith("jinja"):
+            (folder / name).write_text(_TAGGED)
+
+    plain = Planner().plan(**fields)
     model = _changed_model(Path(fields["model"]), tmp_path / "templated", add)
-    (warning,) = Planner().plan(**{**fields, "model": model}).warnings
-    assert "ChatML" in warning
+    result = Planner().run(**{**fields, "model": model})
+    assert (plain.chat, result.manifest["plan"]["chat"]) == ("chatml", "template")
+    assert plain.contract_digest != result.manifest["plan"]["contract_digest"]
+    contract = FineTuneContract.from_fields(trains=False, model=str(model), data_dir=fields["data_dir"])
+    (row,) = mens_core.preview_rows(contract, first=1).shown
+    texts, answer = "".join(text for text, _ in row.pieces), next(text for text, trained in row.pieces if trained)
+    first = json.loads((fields["data_dir"] / "train.jsonl").open().readline())
+    assert texts == f"[user]{first['prompt']}<|endoftext|>[assistant]{first['response']}<|endoftext|>"
+    assert answer == first["response"] + "<|endoftext|>"
+
+
+def test_training_text_of_a_template_that_is_no_template_is_refused(fields, tmp_path):
+    model = _changed_model(
+        Path(fields["model"]),
+        tmp_path / "broken",
+        lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"),
+    )
+    with pytest.raises(ModelError, match="template"):
+        Planner().plan(**{**fields, "model": model})
 
 
 def test_a_kernel_can_be_forced(fields):
