@@ -7,6 +7,7 @@ import pytest
 import transformers
 from chat_conversations import CALLS, CONVERSATIONS, MULTI, WEATHER, assistant, user
 from chat_families import FAMILIES
+from chat_refusals import NO_OFFERS, refused
 from transformers.utils import chat_template_utils
 
 from mens_core.corpus.faults import Fault
@@ -14,43 +15,6 @@ from mens_core.corpus.row import Turn
 from mens_core.text.chat import open_chat
 from mens_core.text.messages import CallForm, messages
 from mens_core.text.template import PINNED_DATE
-
-NO_TOOLS = "no place for"
-LEFT_OUT = "leaves out"
-
-#: What cannot be written, or not be proved: template → conversation → why.
-REFUSED = {
-    "llama-3.1-8b-instruct": {"two calls": "only supports single tool-calls", "words and a call": LEFT_OUT},
-    "llama-3.2-3b-instruct": {"two calls": "only supports single tool-calls", "words and a call": LEFT_OUT},
-    "gemma-2-2b-it": {"system": "System role not supported"},
-    "mistral-7b-instruct-v0.1": {"system": "roles must alternate"},
-    # Only a question that stands last gets the system's text.
-    "mistral-7b-instruct-v0.3": {"system": LEFT_OUT, "words and a call": LEFT_OUT},
-    "mistral-nemo": {"system": LEFT_OUT, "words and a call": LEFT_OUT},
-    "gpt-oss-120b": {"two calls": LEFT_OUT, "words and a call": LEFT_OUT},
-    # A turn with one call is never closed.
-    "deepseek-r1-distill": {"calls unoffered": "no end of turn"},
-}
-ALTERNATING = {name for name in FAMILIES if name.startswith(("llama-2", "gemma", "mistral"))}
-NO_CALLS = {
-    name
-    for name in FAMILIES
-    if name.startswith(("llama-2", "llama-3-", "gemma", "mistral-7b-instruct-v0.1", "phi", "smollm"))
-}
-#: Calls are written, the functions that are offered are not.
-NO_OFFERS = NO_CALLS | {name for name in FAMILIES if name.startswith("deepseek")}
-
-
-def refused(name, conversation):
-    """Why a conversation cannot be used with a template; None if it can."""
-    turns, tools = CONVERSATIONS[conversation]
-    if tools and name in NO_OFFERS:
-        return NO_TOOLS
-    if any(turn.tool_calls for turn in turns) and name in NO_CALLS:
-        return NO_TOOLS
-    if conversation in {"answers in a row", "answer first"} and name in ALTERNATING:
-        return "roles must alternate"
-    return REFUSED.get(name, {}).get(conversation)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +54,7 @@ def as_transformers(tokenizer, turns, tools, *, json_text=False, **options):
 
 
 cases = [(name, conversation) for name in FAMILIES for conversation in CONVERSATIONS]
+written = [case for case in cases if refused(*case) is None]
 
 
 @pytest.mark.parametrize(("name", "conversation"), cases)
@@ -109,10 +74,8 @@ def test_training_text_is_what_transformers_writes_or_is_refused(opened, name, c
     assert prompt.text == as_transformers(reference, turns[:-1], tools, json_text=json_text, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize(("name", "conversation"), cases)
+@pytest.mark.parametrize(("name", "conversation"), written)
 def test_training_text_is_supervised_in_every_answer_up_to_its_end_tag(opened, name, conversation):
-    if refused(name, conversation) is not None:
-        pytest.skip("refused")
     chat, _ = opened(name)
     turns, tools = CONVERSATIONS[conversation]
     rendered = chat.render(turns, tools)
@@ -251,11 +214,11 @@ def test_training_text_of_one_turn_changes_its_own_span_and_no_other(opened, nam
             assert new == (old.replace(turn.content, f"Other words, {place}.") if number == own else old)
 
 
-@pytest.mark.parametrize("name", ["llama-3-generation", "qwen3-generation"])
-@pytest.mark.parametrize("conversation", ["single", "multi", "system", "blanks", "thoughts in contents", "calls"])
+MARKING = {"llama-3-generation", "qwen3-generation"}
+
+
+@pytest.mark.parametrize(("name", "conversation"), [case for case in written if case[0] in MARKING])
 def test_training_text_is_supervised_where_a_template_marks_its_generations(opened, name, conversation):
-    if refused(name, conversation) is not None:
-        pytest.skip("refused")
     chat, reference = opened(name)
     turns, tools = CONVERSATIONS[conversation]
     (text,), (marked,) = chat_template_utils.render_jinja_template(
