@@ -174,7 +174,7 @@ def decide(
         decided=_decided(base, choice, question),
         gates=(*asked, *base.gates, *(rows.gates if rows else ()), *choice_gates(choice)),
         preflight=preflight,
-        warnings=(*_warnings(base), *_overlong(contract, rows), *_outdated_speed(choice.offer, machine)),
+        warnings=(*_warnings(base, rows), *_overlong(contract, rows), *_outdated_speed(choice.offer, machine)),
     )
     further = choice.backend.gates(contract, plan)
     refuse_failed(further)
@@ -235,8 +235,14 @@ def _outdated_speed(offer: KernelOffer, machine: Machine) -> tuple[str, ...]:
     return () if found is None else (found,)
 
 
-def _warnings(base: Base) -> tuple[str, ...]:
-    return (*base.encoder.chat.notes, *coverage_warning(base.layout, base.inventory, base.coverage))
+def _warnings(base: Base, rows: Rows | None) -> tuple[str, ...]:
+    chat = base.encoder.chat
+    unlearnt = rows is not None and rows.sample.reasoning and not chat.keeps_reasoning
+    return (
+        *chat.notes,
+        *(("the chat template writes no reasoning, so that of the rows is not learnt",) if unlearnt else ()),
+        *coverage_warning(base.layout, base.inventory, base.coverage),
+    )
 
 
 def _overlong(contract: FineTuneContract, rows: Rows | None) -> tuple[str, ...]:

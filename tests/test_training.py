@@ -274,7 +274,7 @@ def test_training_text_is_the_models_own_template_where_it_has_one(fields, tmp_p
     contract = FineTuneContract.from_fields(trains=False, model=str(model), data_dir=fields["data_dir"])
     (row,) = mens_core.preview_rows(contract, first=1).shown
     texts, answer = "".join(text for text, _ in row.pieces), next(text for text, trained in row.pieces if trained)
-    first = json.loads((fields["data_dir"] / "train.jsonl").open().readline())
+    first = json.loads((fields["data_dir"] / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert texts == f"[user]{first['prompt']}<|endoftext|>[assistant]{first['response']}<|endoftext|>"
     assert answer == first["response"] + "<|endoftext|>"
 
@@ -462,6 +462,8 @@ def test_an_answer_ends_at_an_end_tag_that_is_spelled_in_several_tokens(fields, 
         for tag in ("<|im_start|>", "<|im_end|>"):
             tokenizer["model"]["vocab"].pop(tag, None)
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        # A template whose end of turn is no token is refused; ChatML spells it.
+        (folder / "tokenizer_config.json").unlink()
 
     # The lab base, because a random one cannot learn an answer by heart.
     model = _changed_model(find_model(None, None)[1], tmp_path / "untagged", forget_tags)

@@ -140,12 +140,14 @@ class RowSample:
         sampled: how many lines were read.
         lines: lines of the file.
         faulty: how many of them cannot be used.
-        table: those that can and are chosen, as tokens.
+        reasoning: how many hold an assistant's reasoning.
+        table: those that can be used and are chosen, as tokens.
     """
 
     sampled: int
     lines: int
     faulty: int
+    reasoning: int
     table: RowTable
 
     @property
@@ -206,7 +208,13 @@ def sample(path: Path, contract: FineTuneContract, encoder: Encoder) -> RowSampl
         faults, faulty, sampled = Faults(path), 0, lines
         table = table_in_memory(iter_rows(path, faults), encoder, supervision, faults)
         chosen, _ = _choose(table, contract.data)
-    return RowSample(sampled=sampled, lines=lines, faulty=faulty + faults.count, table=chosen)
+    return RowSample(
+        sampled=sampled,
+        lines=lines,
+        faulty=faulty + faults.count,
+        reasoning=sum(any(turn.reasoning for turn in row.turns) for row in rows),
+        table=chosen,
+    )
 
 
 def _told(path: Path, news: Callable[[int], None] | None, faults: Faults) -> Iterator[Row]:
