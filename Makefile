@@ -1,5 +1,5 @@
-# Six verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo bench bench-plans
+# Seven verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
+.PHONY: install check test demo bench bench-plans bench-data
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,13 @@ bench: $(VENV)/.dev          ## the measurements of benchmarks/README.md
 
 bench-plans: $(VENV)/.dev    ## what a plan says against what a run takes, twenty minutes
 	$(BIN)/python benchmarks/plan_accuracy.py
+
+bench-data: $(VENV)/.bench   ## rows to batches, against the tokenizer alone and against datasets, five minutes
+	$(BIN)/python benchmarks/data_pipeline.py
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
 
 $(VENV)/.torch: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -21,6 +21,7 @@ from mens_core.corpus.row import ROLES
 from mens_core.corpus.rows import sample_rows
 from mens_core.errors import ContractError, DataError
 from mens_core.gates import refuse_failed
+from mens_core.report import lengths_lines
 from mens_core.survey import look_at_base
 from mens_core.text.encode import Encoder
 from mens_core.text.table import RowTable, Supervision, table_in_memory
@@ -133,11 +134,7 @@ def _outcome(file: Path, contract: FineTuneContract, encoder: Encoder) -> tuple[
     except DataError as error:
         return {}, str(error), ()
     skipped = [f"{count} rows are left out: {kind}" for kind, count in read.skipped.items()]
-    lost = [
-        f"{source}: " + ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in loss.items())
-        for source, loss in read.ledger.as_dict()["by_source"].items()
-    ]
-    return read.counters(), "", (*skipped, *lost)
+    return read.counters(), "", (*skipped, *lengths_lines(read.ledger.as_dict()))
 
 
 def _places(table: RowTable, lines: Sequence[int], file: Path) -> list[int]:

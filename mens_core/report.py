@@ -18,7 +18,7 @@ from mens_core.fields import written_size
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["TrainingView", "complain", "run_summary", "say", "table"]
+__all__ = ["TrainingView", "complain", "lengths_lines", "run_summary", "say", "table"]
 
 _SECONDS_BETWEEN_LINES = 5.0
 _CHATS = {"chatml": "ChatML", "template": "the model's own chat template"}
@@ -60,6 +60,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         ("run", f"{work['steps']:,} steps of {work['batches']:.3g} batches, {contract['epochs']} epochs{at_most}"),
         ("memory", _memory(plan)),
         ("time", _time(plan)),
+        *(("length", text) for text in lengths_lines(plan["lengths"])),
         ("digest", plan["contract_digest"]),
         ("checks", f"{passed} of {len(checks)} hold"),
         *(("refused", f"[{check['code']}] not so: {check['message']}") for check in checks if not check["passed"]),
@@ -69,6 +70,14 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     if len(plan["offers"]) > 1:
         lines += ["", _offers_table(plan["offers"])]
     return "\n".join([*lines, "", table(("not taken", "why"), list(plan["not_taken"].items()))])
+
+
+def lengths_lines(lengths: Mapping[str, Any]) -> list[str]:
+    """What the length of the rows costs, a line a source; none where it costs nothing."""
+    return [
+        f"{source}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in loss.items())
+        for source, loss in lengths["by_source"].items()
+    ]
 
 
 def origins_text(plan: Mapping[str, Any]) -> str:
@@ -186,6 +195,7 @@ def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
     lines += [f"planned        {text}" for text in [_planned(manifest["estimate"])] if text]
     dropped = {name: results[name] for name in results if name.startswith("rows_") and results[name]}
     lines += [f"{name.replace('_', ' ')}: {count}" for name, count in dropped.items()]
+    lines += [f"length         {text}" for text in lengths_lines(manifest["lengths"])]
     lines += [
         f"adapter        {output_dir / 'adapter_model.safetensors'}",
         f"manifest       {output_dir / 'training_manifest.json'}",

@@ -10,6 +10,7 @@ import mens_core
 from mens_core import Planner
 from mens_core.cli import main
 from mens_core.errors import DataError, GateError
+from mens_core.report import plan_text, run_summary
 
 ANSWER = "x = 1"
 
@@ -45,6 +46,8 @@ def test_the_manifest_keeps_what_the_length_costs_every_source(data, tmp_path):
     assert lengths["by_source"]["bad"]["rows_truncated"] == 2
     assert lengths["total"]["supervised_tokens_cut"] == result.manifest["counters"]["supervised_tokens_cut"] > 0
     assert lengths["longest_row"] > 300
+    assert "bad: 2 rows, 602 supervised tokens" in run_summary(result.output_dir, result.manifest)
+    assert "bad: 2 rows, 602 supervised tokens" in plan_text(result.manifest["plan"])
     (warning,) = result.manifest["plan"]["warnings"]
     assert re.search(r"20.0% of the rows are longer than 128 tokens .* loses 61\.5%", warning)
 
