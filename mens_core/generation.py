@@ -9,7 +9,7 @@ from typing import Any
 from mens_core.artifacts.adapter import read_adapter, read_adapter_config
 from mens_core.artifacts.rundir import MANIFEST
 from mens_core.contract import FineTuneContract
-from mens_core.corpus.rows import Turn
+from mens_core.corpus.row import Turn
 from mens_core.errors import ModelError
 from mens_core.exchange import BatchShape, GenerateSettings, TrainingState
 from mens_core.gates import refuse_failed

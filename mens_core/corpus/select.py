@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from mens_core.corpus.rows import Row
+from mens_core.corpus.row import Row
 from mens_core.errors import DataError
 
 __all__ = ["Selection", "select_rows"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
-from mens_core.corpus.rows import Turn
+from mens_core.corpus.row import Turn
 
 __all__ = ["TURN_END", "TURN_START", "Segment", "opening", "segments"]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from mens_core.corpus.rows import Row
+from mens_core.corpus.row import Row
 from mens_core.errors import DataError, ModelError
 from mens_core.hf.files import regular_size
 from mens_core.hf.layout import Layout

@@ -9,7 +9,8 @@ from pathlib import Path
 import attrs
 
 from mens_core.contract import FineTuneContract
-from mens_core.corpus.rows import Row, read_rows, sample_rows
+from mens_core.corpus.row import Row
+from mens_core.corpus.rows import read_rows, sample_rows
 from mens_core.corpus.select import Selection, select_rows
 from mens_core.errors import DataError
 from mens_core.plan import Workload

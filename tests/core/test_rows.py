@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mens_core.corpus.rows import Row, Turn, read_rows
+from mens_core.corpus.row import Row, Turn
+from mens_core.corpus.rows import read_rows
 from mens_core.errors import DataError
 
 contents = st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip)

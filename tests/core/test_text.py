@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mens_core.corpus.rows import Turn
+from mens_core.corpus.row import Turn
 from mens_core.errors import DataError
 from mens_core.exchange import IGNORE
 from mens_core.text.chat import TURN_END, TURN_START, opening, segments
