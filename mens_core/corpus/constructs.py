@@ -71,7 +71,11 @@ _CONSTRUCTS: dict[type[ast.AST], str] = {
 _ASYNC = {ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DECISIONS = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.match_case, ast.comprehension)
+_TELLING = {*_FUNCTIONS, ast.ClassDef, ast.arg, ast.comprehension}
 _BLOCKS = ("body", "orelse", "finalbody")
+# Other statements have nothing below them that nests.
+_COMPOUND = {ast.For, ast.AsyncFor, ast.While, ast.If, ast.Try, ast.TryStar, ast.With, ast.AsyncWith, ast.Match}
+_COMPOUND |= {*_FUNCTIONS, ast.ClassDef, ast.Module, ast.ExceptHandler, ast.match_case}
 
 
 @attrs.frozen(kw_only=True)
@@ -137,7 +141,8 @@ def _constructs(nodes: Sequence[ast.AST], kinds: Mapping[type[ast.AST], int]) ->
     found = {_CONSTRUCTS[kind] for kind in kinds if kind in _CONSTRUCTS}
     if not _ASYNC.isdisjoint(kinds):
         found.add("async")
-    for node in nodes:
+    # Few nodes are of these kinds, and matching each of them against every pattern took most of the time.
+    for node in [node for node in nodes if type(node) in _TELLING]:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 found |= _constructs_of(node, nodes if node is nodes[0] else walk(node))
@@ -173,6 +178,8 @@ def _nesting(tree: ast.AST) -> int:
     while waiting:
         node, depth = waiting.pop()
         deepest = max(deepest, depth)
+        if type(node) not in _COMPOUND:
+            continue
         waiting += [(arm, depth) for arm in (*getattr(node, "handlers", ()), *getattr(node, "cases", ()))]
         for field in _BLOCKS:
             block = getattr(node, field, ())
