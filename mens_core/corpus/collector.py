@@ -28,7 +28,7 @@ EQUAL, NEAR = "equal to an earlier row", "of code or text nearly equal to an ear
 
 
 class Collector:
-    """Takes pieces in, spools their good rows as lines and remembers what the split needs, a few numbers a row.
+    """Takes pieces in, spools their good rows as lines and remembers what the split needs, some hashes a row.
 
     Args:
         spool: binary, empty, open for reading and writing; each row becomes a line of it.

@@ -5,7 +5,7 @@
     *.jsonl ─▶ validated_pairs ─┘
 
 The same sources and settings give the same bytes. Rows keep the order of the sources, unless they are ordered by
-difficulty; they wait in a temporary file, so memory grows by a kilobyte a row at most. Whatever is left out is
+difficulty; they wait in a temporary file, so memory grows by one to two kilobytes a row. Whatever is left out is
 counted, with examples.
 """
 
