@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from mens_core.text.chat import Chat, ChatML, Rendered, open_chat
 from mens_core.text.guard import Guard
 from mens_core.text.lab import lab_tokenizer
 from mens_core.text.repeated import Repeated
-from mens_core.text.tokens import TokenRow
+from mens_core.text.tokens import TokenRow, TokenRows
 
 __all__ = ["Encoder", "open_encoder", "open_tokenizer"]
 
@@ -97,10 +96,21 @@ class Encoder:
 
     def encode(self, rendered: Sequence[Rendered]) -> list[TokenRow | Fault]:
         """Encode conversations; in the place of one whose mask would cut a token stands what is wrong with it."""
-        plain = [one for one in rendered if not one.quoted]
-        encode = self._in_pieces if self._cuts else self._whole
-        encoded = iter(encode(self.tokenizer, [(one.text, one.supervised) for one in plain]))
+        plain = [(one.text, one.supervised) for one in rendered if not one.quoted]
+        encoded = iter(self._encoded(self.tokenizer, plain))
         return [self._quoting(one) if one.quoted else next(encoded) for one in rendered]
+
+    def lay_out(self, rendered: Sequence[Rendered]) -> tuple[TokenRows, dict[int, Fault]]:
+        """Encode conversations end to end.
+
+        Returns:
+            (the rows that can be encoded; place of every other → what is wrong with it).
+        """
+        if self._cuts and not any(one.quoted for one in rendered):
+            return self._in_pieces(self.tokenizer, [(one.text, one.supervised) for one in rendered]), {}
+        encoded = self.encode(rendered)
+        faults = {place: row for place, row in enumerate(encoded) if isinstance(row, Fault)}
+        return TokenRows.of(row for row in encoded if isinstance(row, TokenRow)), faults
 
     def prompt(self, rendered: Rendered) -> list[int]:
         """The ids of one prompt.
@@ -119,30 +129,32 @@ class Encoder:
         ids = (self.tokenizer.token_to_id(name) for name in dict.fromkeys((*self.chat.end_tags, *_USUAL_STOPS)))
         return tuple(token for token in ids if token is not None)
 
-    def _in_pieces(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> Iterable[TokenRow | Fault]:
+    def _encoded(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> Iterable[TokenRow | Fault]:
+        return self._in_pieces(tokenizer, texts) if self._cuts else self._whole(tokenizer, texts)
+
+    def _in_pieces(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> TokenRows:
         known = self._known if tokenizer is self.tokenizer else Repeated(tokenizer, ())
-        pieces = [known.pieces(text, supervised) for text, supervised in texts]
-        unknown = [text for row in pieces for text, ids, _ in row if ids is None]
+        rows = [known.pieces(text, supervised) for text, supervised in texts]
+        unknown = [text for row in rows for text, ids, _ in row if ids is None]
         encoded = iter(tokenizer.encode_batch_fast(unknown, add_special_tokens=False))
         flat: list[int] = []
         lengths: list[int] = []
         marks: list[bool] = []
-        ends: list[int] = []
-        for row in pieces:
+        ends: list[int] = [0]
+        for row in rows:
             flat += self.prefix
             lengths.append(len(self.prefix))
             marks.append(False)
             for text, ids, trained in row:
-                found = next(encoded).ids if ids is None else ids
-                if ids is None and not trained:
-                    known.learn(text, found)
-                flat += found
-                lengths.append(len(found))
+                if ids is None:
+                    ids = next(encoded).ids  # noqa: PLW2901 (what was not known is now)
+                    if not trained:
+                        known.learn(text, ids)
+                flat += ids
+                lengths.append(len(ids))
                 marks.append(trained)
             ends.append(len(flat))
-        tokens, mask = np.array(flat, np.int32), np.repeat(np.array(marks, np.bool_), lengths)
-        for start, end in itertools.pairwise([0, *ends]):
-            yield TokenRow(tokens[start:end], mask[start:end])
+        return TokenRows.laid_out(np.array(flat, np.int32), np.repeat(marks, lengths), np.diff(ends))
 
     def _whole(self, tokenizer: Tokenizer, texts: Sequence[_Marked]) -> Iterable[TokenRow | Fault]:
         encoded = tokenizer.encode_batch([text for text, _ in texts], add_special_tokens=False)
@@ -170,9 +182,8 @@ class Encoder:
     def _quoting(self, rendered: Rendered) -> TokenRow | Fault:
         """Encode a conversation that quotes control tokens."""
         guard = self._guard
-        encode = self._in_pieces if self._cuts else self._whole
         try:
-            (row,) = encode(guard.tokenizer, [guard.rename(rendered)])
+            (row,) = self._encoded(guard.tokenizer, [guard.rename(rendered)])
             if isinstance(row, Fault):
                 return row
             quoted = (rendered.text[start:end] for start, end in rendered.quoted)

@@ -20,7 +20,7 @@ from mens_core.corpus.faults import Fault, Faults
 from mens_core.corpus.row import Row
 from mens_core.text.chat import Chat, Rendered
 from mens_core.text.encode import Encoder
-from mens_core.text.tokens import TokenRow, TokenRows
+from mens_core.text.tokens import TokenRows
 
 __all__ = ["NO_RATING", "UNUSABLE_RATING", "Columns", "RowTable", "Supervision", "table_in_memory", "write_tokens"]
 
@@ -31,6 +31,7 @@ _ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 1024, 1 << 20
 _PLACE = re.compile("[/:]")
 _UNNAMED = "(no source)"
 _SEARCHED = ("category", "lane", "task_family")
+_SAYS_NOTHING = "\n" * len(_SEARCHED)
 
 
 @attrs.frozen
@@ -125,30 +126,34 @@ def write_tokens(
     Returns:
         (tokens of each row, supervised tokens of each row without its first, columns).
     """
-    lengths, trained, columns = array("q"), array("q"), _Growing()
-    for row, tokens in _encoded(rows, encoder, supervision, faults):
+    lengths: list[NDArray[np.int64]] = []
+    trained: list[NDArray[np.int64]] = []
+    columns = _Growing()
+    for some, tokens in _encoded(rows, encoder, supervision, faults):
         ids.write(tokens.input_ids.data)
         mask.write(tokens.supervised.data)
-        lengths.append(len(tokens.input_ids))
-        trained.append(int(np.count_nonzero(tokens.supervised[1:])))
-        columns.add(row)
-    return np.frombuffer(lengths, np.int64), np.frombuffer(trained, np.int64), columns.done()
+        lengths.append(tokens.lengths)
+        trained.append(tokens.trained)
+        for row in some:
+            columns.add(row)
+    none = np.zeros(0, np.int64)
+    return np.concatenate([none, *lengths]), np.concatenate([none, *trained]), columns.done()
 
 
 def _encoded(
     rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults
-) -> Iterator[tuple[Row, TokenRow]]:
-    """Every row that can be encoded, with its tokens, in order."""
+) -> Iterator[tuple[list[Row], TokenRows]]:
+    """The rows that can be encoded, with their tokens, some at a time, in order."""
     # The tokenizer leaves the interpreter to others while it works.
     with ThreadPoolExecutor(1) as beside:
-        earlier: tuple[list[Row], Future[list[TokenRow | Fault]]] | None = None
+        earlier: tuple[list[Row], Future[tuple[TokenRows, dict[int, Fault]]]] | None = None
         for some, rendered in _rendered(rows, encoder.chat, supervision, faults):
-            begun = some, beside.submit(encoder.encode, rendered)
+            begun = some, beside.submit(encoder.lay_out, rendered)
             if earlier is not None:
-                yield from _usable(*earlier, supervision, faults)
+                yield _usable(*earlier, supervision, faults)
             earlier = begun
         if earlier is not None:
-            yield from _usable(*earlier, supervision, faults)
+            yield _usable(*earlier, supervision, faults)
 
 
 def _rendered(
@@ -175,15 +180,22 @@ def _rendered(
 
 
 def _usable(
-    rows: Sequence[Row], begun: Future[list[TokenRow | Fault]], supervision: Supervision, faults: Faults
-) -> Iterator[tuple[Row, TokenRow]]:
-    for row, tokens in zip(rows, begun.result(), strict=True):
-        if isinstance(tokens, Fault):
-            faults.add(tokens, row.line)
-        else:
-            if supervision.suffix is not None:
-                tokens.supervised[np.flatnonzero(tokens.supervised)[: -supervision.suffix]] = False
-            yield row, tokens
+    rows: list[Row], begun: Future[tuple[TokenRows, dict[int, Fault]]], supervision: Supervision, faults: Faults
+) -> tuple[list[Row], TokenRows]:
+    tokens, wrong = begun.result()
+    for place, fault in wrong.items():
+        faults.add(fault, rows[place].line)
+    usable = [row for place, row in enumerate(rows) if place not in wrong] if wrong else rows
+    return usable, tokens if supervision.suffix is None else _suffixes(tokens, supervision.suffix)
+
+
+def _suffixes(tokens: TokenRows, most: int) -> TokenRows:
+    """The rows with only so many supervised tokens left, counted from the end of each."""
+    supervised = tokens.supervised.copy()
+    for start, end in zip(tokens.starts, tokens.ends, strict=True):
+        row = supervised[start:end]
+        row[np.flatnonzero(row)[:-most]] = False
+    return TokenRows.laid_out(tokens.input_ids, supervised, tokens.lengths)
 
 
 class _Growing:
@@ -200,7 +212,7 @@ class _Growing:
         self._lines.append(row.line)
         self._ratings.append(_rating(metadata.get("rating")))
         self._source.append(self._sources.setdefault(_group(row.source), len(self._sources)))
-        said = "".join([f"{metadata.get(key) or ''}\n" for key in _SEARCHED]).lower()
+        said = "".join([f"{metadata.get(key) or ''}\n" for key in _SEARCHED]).lower() if metadata else _SAYS_NOTHING
         self._context.append(self._contexts.setdefault(said, len(self._contexts)))
 
     def done(self) -> Columns:

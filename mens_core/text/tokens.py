@@ -57,7 +57,6 @@ class TokenRows(Sequence[TokenRow]):
             np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in listed)]),
             np.concatenate([np.empty(0, np.bool_), *(row.supervised for row in listed)]),
             np.asarray([len(row.input_ids) for row in listed], np.int64),
-            np.asarray([np.count_nonzero(row.supervised[1:]) for row in listed], np.int64),
         )
 
     @classmethod
@@ -66,11 +65,15 @@ class TokenRows(Sequence[TokenRow]):
         input_ids: NDArray[np.int32],
         supervised: NDArray[np.bool_],
         lengths: NDArray[np.int64],
-        trained: NDArray[np.int64],
+        trained: NDArray[np.int64] | None = None,
     ) -> TokenRows:
-        """Rows that already lie end to end."""
+        """Rows, none of them empty, that already lie end to end; their supervised tokens are counted if need be."""
         ends = np.cumsum(lengths)
-        return cls(input_ids, supervised, ends - lengths, ends, trained)
+        starts = ends - lengths
+        if trained is None:
+            counts = np.add.reduceat(supervised, starts, dtype=np.int64) if len(starts) else np.zeros(0, np.int64)
+            trained = counts - supervised[starts]
+        return cls(input_ids, supervised, starts, ends, trained)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
