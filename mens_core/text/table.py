@@ -5,11 +5,13 @@ rows ─▶ rendered ─▶ tokenised, a thousand at a time, beside the reading 
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import IO
 
 import attrs
@@ -145,7 +147,7 @@ def _encoded(
 ) -> Iterator[tuple[list[Row], TokenRows]]:
     """The rows that can be encoded, with their tokens, some at a time, in order."""
     # The tokenizer leaves the interpreter to others while it works.
-    with ThreadPoolExecutor(1) as beside:
+    with _no_collection(), ThreadPoolExecutor(1) as beside:
         earlier: tuple[list[Row], Future[tuple[TokenRows, dict[int, Fault]]]] | None = None
         for some, rendered in _rendered(rows, encoder.chat, supervision, faults):
             begun = some, beside.submit(encoder.lay_out, rendered)
@@ -154,6 +156,18 @@ def _encoded(
             earlier = begun
         if earlier is not None:
             yield _usable(*earlier, supervision, faults)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for cycles: rows form none, and it would walk through a framework's million objects every time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _rendered(
