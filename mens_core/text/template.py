@@ -118,9 +118,24 @@ def _environment() -> jinja2.Environment:
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
+    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
+        """Jinja's sandbox with two short cuts, which answer what it answers: half of a row's time went there."""
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            # Jinja asks a dict for its own attributes first, and a failure costs more than a look.
+            if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+                return obj[attribute]
+            return super().getattr(obj, attribute)
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            # It depends on the type and the name alone.
+            key = type(obj), attr
+            if key not in safe:
+                safe[key] = super().is_safe_attribute(obj, attr, value)
+            return safe[key]
+
+    safe: dict[tuple[type, str], bool] = {}
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise_exception,
