@@ -85,7 +85,7 @@ def _our_step(model_dir: Path, rows: list[TokenRow], kernel: str, dtype: str) ->
     plan, backend = resolve(contract, trains=False)
     session = backend.open(plan, Batching(batch_size=len(rows), grad_accum=1, seed=0).shape(TokenRows.of(rows), 1))
     session = backend.restore(session, initial_state(backend.state(session).adapter, seed=0))
-    window = [pack(rows)]
+    window = [pack(TokenRows.of(rows))]
 
     def step() -> float:
         metrics = backend.step(session, window, RATE)

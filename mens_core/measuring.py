@@ -200,7 +200,7 @@ def _timings(probe: _Probe, plan: ExecutionPlan, backend: Backend) -> Iterator[t
     parameters = sum(math.prod(tensor) for tensor in tensor_shapes(plan.layout).values())
     weights = BaseWeights(parameters=parameters, stored_bytes=4 * parameters, linears=linear_shapes(plan.layout))
     for count in probe.batches:
-        window = [pack(rows)] * count
+        window = [pack(TokenRows.of(rows))] * count
         steps = [_step(backend, session, window, on_cpu=plan.device == "cpu") for _ in range(1 + _REPEATS)]
         work = Workload(
             shape=shape,

@@ -194,7 +194,7 @@ def test_peft_binds_every_tensor_and_computes_the_same_logits(finished, backend,
     plan, loaded = resolve(FineTuneContract.from_fields(**result.manifest["plan"]["contract"]))
     session = loaded.open(plan, Batching(batch_size=1, grad_accum=1, seed=0).shape(TokenRows.of([row]), 1))
     session = loaded.restore(session, TrainingState(adapter=adapter, optimizer={}, step=0))
-    ours = loaded.forward(session, pack([row]))
+    ours = loaded.forward(session, pack(TokenRows.of([row])))
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
     assert np.abs(ours - theirs).max() <= LOGITS

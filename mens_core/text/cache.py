@@ -142,7 +142,8 @@ def _open(folder: Path, path: Path) -> RowTable | None:
 
 def _mapped(file: Path, dtype: Any, count: int) -> Any:
     # An empty file cannot be mapped.
-    return np.memmap(file, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
+    # As an array of the plain kind: every view of a memmap costs a microsecond of its own.
+    return np.asarray(np.memmap(file, dtype, "r", shape=(count,))) if count else np.empty(0, dtype)
 
 
 def _make_room(folder: Path, needed: int) -> None:

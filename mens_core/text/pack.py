@@ -9,7 +9,7 @@ last window of an epoch may hold fewer batches and its last batch fewer rows; it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import attrs
 import numpy as np
@@ -18,31 +18,36 @@ from numpy.typing import NDArray
 from mens_core.contract import FineTuneContract
 from mens_core.exchange import IGNORE, Batch, BatchShape
 from mens_core.sections import TrainingSpec
-from mens_core.text.tokens import TokenRow, TokenRows
+from mens_core.text.tokens import TokenRows
 
 __all__ = ["Batching", "best_fit", "epoch_order", "pack", "total_steps"]
 
 _Places = NDArray[np.int64]
 
 
-def pack(rows: Sequence[TokenRow]) -> Batch:
+def pack(rows: TokenRows) -> Batch:
     """Lay rows end to end and shift the targets by one inside each row.
 
     Raises:
         ValueError: if there is no row.
     """
-    listed = list(rows)
-    lengths = np.asarray([len(row.input_ids) for row in listed], np.int32)
-    input_ids = np.concatenate([row.input_ids for row in listed])
-    supervised = np.concatenate([row.supervised for row in listed])
-    starts = np.cumsum(lengths) - lengths
+    if not len(rows):
+        raise ValueError("a batch has at least one row")
+    lengths = rows.lengths
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    here = np.arange(ends[-1])
+    tokens = here + np.repeat(rows.starts - starts, lengths)
+    input_ids, supervised = rows.input_ids[tokens], rows.supervised[tokens]
     # What follows a row's last token is the next row's.
     supervised[starts] = False
+    targets = np.full(len(input_ids), IGNORE, np.int32)
+    np.copyto(targets[:-1], input_ids[1:], where=supervised[1:])
     return Batch(
         input_ids=input_ids,
-        positions=np.arange(len(input_ids), dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32),
-        targets=np.append(np.where(supervised[1:], input_ids[1:], IGNORE), IGNORE).astype(np.int32),
-        row_lengths=lengths,
+        positions=(here - np.repeat(starts, lengths)).astype(np.int32),
+        targets=targets,
+        row_lengths=lengths.astype(np.int32),
     )
 
 

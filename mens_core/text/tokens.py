@@ -97,7 +97,7 @@ class TokenRows(Sequence[TokenRow]):
 
     def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> TokenRows:
         """The rows at these places, or where this is true; no token is copied."""
-        return attrs.evolve(self, starts=self.starts[places], ends=self.ends[places], trained=self.trained[places])
+        return TokenRows(self.input_ids, self.supervised, self.starts[places], self.ends[places], self.trained[places])
 
     def cut(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> TokenRows:
         """The rows with these spans instead; their supervised tokens are counted anew."""

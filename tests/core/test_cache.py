@@ -66,7 +66,7 @@ def test_a_file_is_tokenised_once_and_found_as_it_was(folder, rows):
     assert reads == [rows]
     assert same(first, again)
     assert (len(again.rows), again.faults.count, again.faults.lines) == (9, 1, 10)
-    assert isinstance(again.rows.input_ids, np.memmap)
+    assert isinstance(again.rows.input_ids.base, np.memmap)
     assert [entry.is_dir() for entry in folder.iterdir()] == [True]
 
 

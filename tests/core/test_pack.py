@@ -15,7 +15,7 @@ def _row(length, supervised):
 
 
 def test_targets_are_shifted_by_one_inside_each_row():
-    batch = pack([_row(4, 2), _row(3, 3)])
+    batch = pack(TokenRows.of([_row(4, 2), _row(3, 3)]))
     assert batch.input_ids.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.targets.tolist() == [IGNORE, 2, 3, IGNORE, 1, 2, IGNORE]
@@ -89,5 +89,5 @@ def test_bins_mix_other_rows_in_every_epoch():
 
 
 def test_no_row_is_no_batch():
-    with pytest.raises(ValueError, match="at least one array"):
-        pack([])
+    with pytest.raises(ValueError, match="at least one row"):
+        pack(TokenRows.of([]))
