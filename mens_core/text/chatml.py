@@ -26,20 +26,18 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 # To be raised with every change of the text.
 _VERSION = "chatml 1"
 
-# The words of Qwen2.5's own template.
+# The tags are those of Hermes and Qwen2.5.
 _TOOLS = """\
 # Tools
 
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
+These functions can be called; beside each stands the schema of its arguments:
 <tools>
 {schemas}
 </tools>
 
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+A call is written as JSON with the function's name and its arguments:
 <tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
+{{"name": <name>, "arguments": <object>}}
 </tool_call>"""
 
 
