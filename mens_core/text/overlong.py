@@ -114,9 +114,8 @@ def fit_rows(
     longest = int(lengths.max(initial=0))
     _check(int(overlong.sum()), len(rows), longest, seq_len, policy)
     spans, owners = _spans(rows, overlong, seq_len, policy, side)
-    unchanged = ~overlong[owners]
     fitted = rows.take(owners)
-    changed = np.flatnonzero(~unchanged)
+    changed = np.flatnonzero(overlong[owners])
     if changed.size:
         trained = fitted.trained.copy()
         trained[changed] = fitted.cut(spans[0][changed], spans[1][changed]).trained
@@ -187,21 +186,19 @@ def _ledger(
         "supervised_tokens_dropped": np.where(present, 0, rows.trained),
     }
     sums = {name: _by_group(values, groups, len(sources)) for name, values in per_row.items()}
-    losses = [Loss(**{name: int(values[place]) for name, values in sums.items()}) for place in range(len(sources))]
-    losers = [place for place, loss in enumerate(losses) if loss.rows_overlong or loss.rows_dropped_unsupervised]
-    losers.sort(key=lambda place: (-losses[place].rows_overlong, sources[place]))
-    by_source = {sources[place]: losses[place] for place in losers[:_SOURCES_SHOWN]}
+    losing = np.flatnonzero(sums["rows_overlong"] + sums["rows_dropped_unsupervised"])
+    losers = sorted(losing.tolist(), key=lambda place: (-sums["rows_overlong"][place], sources[place]))
+    by_source = {sources[place]: _loss(sums, place) for place in losers[:_SOURCES_SHOWN]}
     if len(losers) > _SOURCES_SHOWN:
-        by_source[_OTHERS] = _added([losses[place] for place in losers[_SOURCES_SHOWN:]])
+        by_source[_OTHERS] = _loss(sums, losers[_SOURCES_SHOWN:])
     longest = int(rows.lengths.max(initial=0))
-    return LengthLedger(total=_added(losses), by_source=by_source, longest=longest, seq_len=seq_len)
+    return LengthLedger(total=_loss(sums, slice(None)), by_source=by_source, longest=longest, seq_len=seq_len)
 
 
-def _by_group(values: NDArray[np.generic], groups: NDArray[np.int32], count: int) -> NDArray[np.generic]:
+def _by_group(values: NDArray[Any], groups: NDArray[np.int32], count: int) -> NDArray[Any]:
     # Sums of whole numbers in float64 are exact below 2⁵³.
     return np.bincount(groups, weights=values, minlength=count)
 
 
-def _added(losses: Sequence[Loss]) -> Loss:
-    names = attrs.fields_dict(Loss)
-    return Loss(**{name: sum(getattr(loss, name) for loss in losses) for name in names})
+def _loss(sums: Mapping[str, NDArray[Any]], places: int | list[int] | slice) -> Loss:
+    return Loss(**{name: int(values[places].sum()) for name, values in sums.items()})
