@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import mens_core
 from mens_core import report
-from mens_core.corpus.pair import SIMILARITY
-from mens_core.corpus.pairs import EVAL_FRACTION, MAX_CHARS, MIN_CHARS, MULTI_TURN, NEGATIVES, write_pairs
+from mens_core.corpus.pairs_defaults import EVAL_FRACTION, MAX_CHARS, MIN_CHARS, MULTI_TURN, NEGATIVES, SIMILARITY
 from mens_core.corpus.sources import EXCLUDED_FOLDERS
 
 __all__ = ["add_arguments", "run"]
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         DataError: as ``write_pairs`` does.
     """
-    written = write_pairs(
+    written = mens_core.write_pairs(
         arguments.sources,
         arguments.output,
         eval_fraction=arguments.eval_fraction,

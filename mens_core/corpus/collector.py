@@ -9,17 +9,15 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from mens_core.corpus.markdown_pairs import markdown_pieces
+from mens_core.corpus.near_duplicates import NearDuplicates
 from mens_core.corpus.pair import Ledger, Pair, Piece
 from mens_core.corpus.python_pairs import Shares, python_pieces
 from mens_core.corpus.sources import PYTHON_ENDINGS, ROWS_ENDINGS, SourceFile, read_lines, read_source
 from mens_core.corpus.split import Groups, fingerprint
 from mens_core.corpus.validated_pairs import validated_pieces
-
-if TYPE_CHECKING:
-    from mens_core.corpus.near_duplicates import NearDuplicates
 
 __all__ = ["EQUAL", "NEAR", "Collector"]
 

@@ -7,12 +7,10 @@ from typing import Any
 
 import attrs
 
-__all__ = ["CODE_LANE", "DOCS_LANE", "SIMILARITY", "Ledger", "Pair", "Piece", "Tally", "draw"]
+__all__ = ["CODE_LANE", "DOCS_LANE", "Ledger", "Pair", "Piece", "Tally", "draw"]
 
 #: Lanes of the data contract (the older system's names, so that its mixes select these rows too).
 CODE_LANE, DOCS_LANE = "vox_codegen", "vox_docs_qa"
-#: Default threshold of near duplicates, the one of The Stack (Kocetkov et al., 2022, arXiv 2211.15533).
-SIMILARITY = 0.85
 
 _EXAMPLES_KEPT = 5
 

@@ -24,31 +24,14 @@ import attrs
 
 from mens_core.atomic import replacing
 from mens_core.corpus.collector import Collector
-from mens_core.corpus.pair import SIMILARITY
+from mens_core.corpus.near_duplicates import NearDuplicates
+from mens_core.corpus.pairs_defaults import EVAL_FRACTION, MAX_CHARS, MIN_CHARS, MULTI_TURN, NEGATIVES, SIMILARITY
 from mens_core.corpus.pairs_report import PARTS, PairsReport, tally_lines
 from mens_core.corpus.python_pairs import Shares
 from mens_core.corpus.sources import EXCLUDED_FOLDERS, find_sources
 from mens_core.errors import DataError
 
-__all__ = [
-    "EVAL_FRACTION",
-    "MAX_CHARS",
-    "MIN_CHARS",
-    "MULTI_TURN",
-    "NEGATIVES",
-    "PairsReport",
-    "write_pairs",
-]
-
-EVAL_FRACTION = 0.05
-#: Characters of a response below which there is nothing to learn from it.
-MIN_CHARS = 20
-#: Characters of prompt and response together. With its tags such a row fits the 1024 positions of the lab base,
-#: which reads bytes; in a vocabulary made for code it has some 300 tokens.
-MAX_CHARS = 900
-#: Shares of the functions that are also shown broken, and talked about: enough to learn the form from, while most
-#: rows stay plain code, and few responses come twice.
-NEGATIVES, MULTI_TURN = 0.1, 0.1
+__all__ = ["PairsReport", "write_pairs"]
 
 
 @attrs.frozen(kw_only=True)
@@ -139,9 +122,6 @@ def write_pairs(
     )
     settings.check()
     _check_output(output, overwrite=overwrite)
-    # heavy: NumPy, which no help text waits for
-    from mens_core.corpus.near_duplicates import NearDuplicates  # noqa: PLC0415
-
     with tempfile.TemporaryFile() as spool, tempfile.TemporaryFile() as texts:
         collector = Collector(
             spool,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mens_core.corpus.collector import NEAR
 from mens_core.corpus.near_duplicates import NearDuplicates, similarity
-from mens_core.corpus.pair import SIMILARITY
 from mens_core.corpus.pairs import write_pairs
+from mens_core.corpus.pairs_defaults import SIMILARITY
 
 
 def texts_with_neighbours(count: int) -> list[str]:
