@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ __all__ = ["LIMIT_BYTES", "cached_table", "tokens_folder"]
 #: Most that the cache keeps, in bytes: some four billion tokens.
 LIMIT_BYTES = 20 << 30
 
+# To be raised with every change of how rows are read, cut or laid out; chats carry versions of their own.
 _FORMAT = "mens.tokens.v1"
 _IDS, _MASK, _INDEX, _TABLE = "tokens.i32", "mask.u8", "index.npz", "table.json"
 _HALF_MADE, _SECONDS_TO_MAKE = ".tmp", 7 * 24 * 3600
@@ -64,7 +65,7 @@ def cached_table(
         read: yields the rows and books those that cannot be used.
 
     Raises:
-        DataError: if the cache cannot be written.
+        DataError: if the rows cannot be read, or the cache cannot be written.
     """
     decided = (_FORMAT, tokenizers.__version__, content, encoder.digest, *map(str, attrs.astuple(supervision)))
     folder = tokens_folder() / hashlib.sha256("\0".join(decided).encode()).hexdigest()
@@ -73,7 +74,7 @@ def cached_table(
         return found
     faults = Faults(path)
     try:
-        _write(folder, read(faults), encoder, supervision, faults)
+        _write(folder, _read(path, read(faults)), encoder, supervision, faults)
     except OSError as error:
         raise DataError(
             f"token rows cannot be kept: {error.strerror}",
@@ -83,6 +84,14 @@ def cached_table(
     written = _open(folder, path)
     assert written is not None, "it has just been written"
     return written
+
+
+def _read(path: Path, rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; a disk that fails under them is told apart from one that fails under the cache."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise DataError(f"the file of rows cannot be read: {error.strerror}", where=path) from error
 
 
 def _write(folder: Path, rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults) -> None:

@@ -273,7 +273,7 @@ def _mentions(columns: Columns, needle: str | None) -> NDArray[np.bool_]:
 
 
 def _check_share(path: Path, found: ReadRows, lines: int, most: float | None) -> None:
-    # A split row counts as more than one; none of it is left out.
+    # Of a split row every part without supervision counts, so the share is at most what this says.
     reasons = {name: count for name, count in found.counters().items() if name.startswith("rows_dropped") and count}
     share = min(1.0, sum(reasons.values()) / lines)
     if most is not None and share > most:

@@ -118,6 +118,17 @@ def test_a_reader_that_fails_leaves_nothing_behind(folder, rows):
     assert list(folder.iterdir()) == []
 
 
+def test_rows_that_cannot_be_read_are_not_the_caches_fault(folder, rows):
+    def read(faults):
+        yield from list(iter_rows(rows, faults))[:1]
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(DataError, match="rows cannot be read: Input/output error") as found:
+        cached_table(rows, "1" * 64, ENCODER, Supervision(), read)
+    assert "XDG_CACHE_HOME" not in str(found.value)
+    assert list(folder.iterdir()) == []
+
+
 def test_those_unused_for_longest_make_room(folder, rows, monkeypatch):
     table(rows)
     (oldest,) = folder.iterdir()
