@@ -162,19 +162,27 @@ class Frame:
             Fault: if the text is not this frame filled with the words, as they are or as JSON writes them.
         """
         inserted = [words[number] for number in self._order]
-        if not self._is_filled(text, inserted):
+        if self._filled(inserted) != text:
             inserted = list(self._read(text, inserted))
+        return self._moved(inserted)
+
+    def filled(self, words: Sequence[str]) -> tuple[str, tuple[Span, ...]]:
+        """The text of a conversation whose words stand in it as they are, and its supervised spans."""
+        inserted = [words[number] for number in self._order]
+        return self._filled(inserted), self._moved(inserted)
+
+    def _moved(self, inserted: Sequence[str]) -> tuple[Span, ...]:
         # A slot is one character of the frame's own text.
         grown = [0]
         for word in inserted:
             grown.append(grown[-1] + len(word) - 1)
         return tuple((start + grown[before], end + grown[last]) for (start, before), (end, last) in self._supervised)
 
-    def _is_filled(self, text: str, inserted: Sequence[str]) -> bool:
+    def _filled(self, inserted: Sequence[str]) -> str:
         parts = [""] * (2 * len(inserted) + 1)
         parts[::2] = self._pieces
         parts[1::2] = inserted
-        return "".join(parts) == text
+        return "".join(parts)
 
     def _read(self, text: str, words: Sequence[str]) -> Iterator[str]:
         """Each word as the text has it."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mens_core.corpus.faults import Fault
 from mens_core.errors import ModelError, printable
 from mens_core.text.messages import Message
+from mens_core.text.sealed import Looked, sealing
 
 if TYPE_CHECKING:
     import jinja2
@@ -51,9 +52,8 @@ class Template:
         if len(source) > _LONGEST_SOURCE:
             raise ModelError("the chat template cannot be used", where=f"it has {len(source)} characters")
         try:
-            environment = _environment()
-            tree = environment.parse(source)
-            self._compiled = environment.from_string(tree)
+            tree = _environment().parse(source)
+            self._tree, self._compiled = tree, _environment().from_string(tree)
         # One that nests too deep fails in whatever way Python's own parser does.
         except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError) as error:
             reason = f"line {error.lineno}: {error.message}" if isinstance(error, jinja2.TemplateSyntaxError) else error
@@ -83,16 +83,44 @@ class Template:
         Raises:
             Fault: if the template refuses the conversation, or fails.
         """
-        compiled = self._compiled
-        values = {**self._tokens, "messages": messages, "tools": tools or None, "add_generation_prompt": opened}
         try:
-            text = "".join(compiled.root_render_func(compiled.new_context(values)))
+            text = self._written(self._compiled, messages, tools, opened=opened)
         # Whatever a template raises is its way to say that it cannot write this conversation.
         except Exception as error:
             raise Fault(f"a conversation that the chat template refuses: {_reason(error)}", _ACCEPTED) from error
         if len(text) > _LONGEST_TEXT:
             raise Fault("a conversation of which the chat template makes an endless text", _ACCEPTED)
         return text
+
+    def filled(self, messages: Sequence[Message]) -> str | None:
+        """Write a conversation with sealed contents, as words are to be put into it.
+
+        Args:
+            messages: whose contents are ``Sealed``.
+
+        Returns:
+            The text, which is that of any words between their stand-ins; None if it depends on a word.
+        """
+        try:
+            return self._written(self._sealed, messages, (), opened=False)
+        # A failure proves nothing: such conversations are rendered word by word, and fail there if they have to.
+        except (Looked, Exception):  # noqa: BLE001 (whatever it is)
+            return None
+
+    @functools.cached_property
+    def _sealed(self) -> jinja2.Template:
+        return sealing(_new_environment()).from_string(self._tree)
+
+    def _written(
+        self,
+        compiled: jinja2.Template,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        opened: bool,
+    ) -> str:
+        values = {**self._tokens, "messages": messages, "tools": tools or None, "add_generation_prompt": opened}
+        return "".join(compiled.root_render_func(compiled.new_context(values)))
 
 
 _ACCEPTED = "turns in the order, with the roles and the fields, that this model's template can write"
@@ -105,6 +133,10 @@ def _reason(error: Exception) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
+    return _new_environment()
+
+
+def _new_environment() -> jinja2.Environment:
     """The environment of transformers 5 (``utils/chat_template_utils.py``), with a clock that stands still."""
     import jinja2.ext  # noqa: PLC0415
     from jinja2 import nodes, parser, sandbox  # noqa: PLC0415

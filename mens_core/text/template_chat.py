@@ -10,7 +10,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 from tokenizers import Tokenizer
@@ -21,7 +21,8 @@ from mens_core.text.habits import learn
 from mens_core.text.messages import CallForm, Message, messages
 from mens_core.text.quoting import Quoting, special_tokens
 from mens_core.text.rendered import Rendered, Span
-from mens_core.text.skeleton import Frame, Skeleton, skeleton
+from mens_core.text.sealed import Sealed
+from mens_core.text.skeleton import Frame, Skeleton, skeleton, slot_of
 from mens_core.text.spans import assistant_spans
 from mens_core.text.template import PINNED_DATE, Template
 from mens_core.text.template_files import TemplateFiles
@@ -81,6 +82,8 @@ class TemplateChat:
     ) -> Rendered:
         """Write a whole conversation; see ``Chat``."""
         writer = self._with_tools if tools else self._plain
+        if not tools and (filled := writer.filled(turns, last_only=last_only)):
+            return Rendered(*filled)
         if writer.quoting.concerns(turns, tools):
             turns, tools, words = writer.quoting.hidden(turns, tools)
             return writer.quoting.shown(*writer.write(turns, tools, last_only=last_only), words)
@@ -91,6 +94,25 @@ class TemplateChat:
         writer = self._with_tools if tools else self._plain
         turns, tools, words = writer.quoting.hidden(turns, tools)
         return writer.quoting.shown(writer.prompt(turns, tools), (), words)
+
+
+class _Shape(NamedTuple):
+    """What conversations of words and nothing else have in common.
+
+    Attributes:
+        last_only: whether the last answer alone is learnt.
+        roles: of the turns.
+        blanks: before and behind the words of each turn; None if these are any.
+    """
+
+    last_only: bool
+    roles: tuple[str, ...]
+    blanks: tuple[tuple[str, ...], ...] | None = None
+
+    def turns(self) -> list[Turn]:
+        """One such conversation."""
+        blanks = self.blanks or (("", ""),) * len(self.roles)
+        return [Turn(role, f"{before}x{behind}") for role, (before, behind) in zip(self.roles, blanks, strict=True)]
 
 
 class _Writer:
@@ -104,7 +126,49 @@ class _Writer:
         self.quoting = Quoting(control)
         tags = sorted({*_ALWAYS_TAGS, *self._template.marks} - control, key=len, reverse=True)
         self._tags = re.compile(f"({'|'.join(map(re.escape, tags))})")
+        self._marked = Quoting({*control, *tags}).found
         self._frames: dict[tuple[bool, tuple[tuple[str, str, str], ...]], Frame] = {}
+        self._forms: dict[_Shape, Frame | None] = {}
+
+    def filled(self, turns: Sequence[Turn], *, last_only: bool) -> tuple[str, tuple[Span, ...]] | None:
+        """As ``write``, without rendering: the text that the template puts round any such words, and these.
+
+        None if there is more to the turns than words, or the template looks at them.
+        """
+        for turn in turns:
+            if turn.reasoning or turn.tool_calls or turn.name or turn.tool_call_id:
+                return None
+            if not turn.content or turn.content.isspace() or self._marked(turn.content):
+                return None
+        said = [turn.content for turn in turns]
+        roles = tuple([turn.role for turn in turns])
+        form = self._form(_Shape(last_only, roles))
+        if form is not None:
+            return form.filled(said)
+        # It may look at the blanks round the words all the same.
+        cores = [text.strip() for text in said]
+        blanks = tuple([tuple(text.split(core, 1)) for text, core in zip(said, cores, strict=True)])
+        form = self._form(_Shape(last_only, roles, blanks))
+        return None if form is None else form.filled(cores)
+
+    def _form(self, shape: _Shape) -> Frame | None:
+        if shape not in self._forms:
+            if len(self._forms) >= _MOST_FRAMES:
+                self._forms.clear()
+            self._forms[shape] = self._made_form(shape)
+        return self._forms[shape]
+
+    def _made_form(self, shape: _Shape) -> Frame | None:
+        bare = skeleton(shape.turns(), self._tags)
+        told = self._messages(bare.turns(), ())
+        for message in told:
+            message["content"] = Sealed(message["content"], self._marked, trimmed=shape.blanks is not None)
+        text = self._template.filled(told)
+        if text is None:
+            return None
+        frame = self._frame(bare, (), last_only=shape.last_only)
+        stand_ins = [slot_of(number) for number in range(len(bare.words))]
+        return frame if frame.filled(stand_ins)[0] == text else None
 
     def write(
         self, turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], *, last_only: bool

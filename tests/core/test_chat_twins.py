@@ -153,8 +153,9 @@ def test_calls_are_told_in_the_form_that_the_template_reads(tmp_path):
 def test_rows_of_one_shape_share_a_skeleton_and_others_do_not(chat):
     opened = chat(WHOLE)
     for number in range(5):
-        opened.render((user(f"{number}"), assistant("a")))
-    opened.render((user(" blank"), assistant("a")))
+        opened.render((user(f"{number * ' '}{number}"), assistant("a")))
+    assert len(opened._plain._frames) == 1
+    opened.render((user("a <think>"), assistant("a")))
     assert len(opened._plain._frames) == 2
     opened.render(MULTI, last_only=True)
     opened.render(MULTI)
