@@ -36,7 +36,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mens_core import FineTuneContract
 from mens_core.artifacts.files import sha256_file
-from mens_core.text.chat import Chat, ChatML, open_chat
+from mens_core.chat.open_chat import Chat, ChatML, open_chat
 from mens_core.text.encode import Encoder
 from mens_core.text.pack import Batching
 from mens_core.training.data import ReadRows, load_rows

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from mens_core.artifacts.files import write_json
 from mens_core.artifacts.tensors import write_tensors
+from mens_core.chat.open_chat import TURN_END, TURN_START
 from mens_core.errors import DataError, ModelError
 from mens_core.hf.keymap import tensor_shapes
 from mens_core.hf.layout import GRAPHS, read_layout
-from mens_core.text.chat import TURN_END, TURN_START
 from mens_core.text.lab import END_OF_TEXT
 
 __all__ = ["SIZES", "Size", "write_random_model", "write_random_weights"]

@@ -17,13 +17,13 @@ from tolerances import LOGITS
 import mens_core
 from mens_core import Planner
 from mens_core.artifacts.adapter import initial_state, read_adapter
+from mens_core.chat.open_chat import ChatML
 from mens_core.contract import FineTuneContract
 from mens_core.errors import DataError, GateError, ModelError, RunDirectoryError, TrainingError
 from mens_core.exchange import NF4Spec, TrainingState
 from mens_core.hf.hub import find_model
 from mens_core.hf.layout import GRAPHS
 from mens_core.planner import resolve
-from mens_core.text.chat import ChatML
 from mens_core.text.encode import Encoder
 from mens_core.text.pack import Batching, pack
 from mens_core.text.tokens import TokenRow, TokenRows

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from mens_core.chat.open_chat import Chat, ChatML, Rendered, open_chat
 from mens_core.corpus.faults import Fault
 from mens_core.errors import ModelError
 from mens_core.hf.files import regular_size
 from mens_core.hf.layout import Layout
-from mens_core.text.chat import Chat, ChatML, Rendered, open_chat
 from mens_core.text.guard import Guard
 from mens_core.text.lab import lab_tokenizer
 from mens_core.text.repeated import Repeated

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
+from mens_core.chat.open_chat import Rendered
 from mens_core.corpus.faults import Fault
-from mens_core.text.chat import Rendered
 
 __all__ = ["Guard"]
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mens_core.atomic import replacing
+from mens_core.chat.open_chat import TURN_END, TURN_START
 from mens_core.errors import DataError
-from mens_core.text.chat import TURN_END, TURN_START
 
 __all__ = [
     "CHAT_TEMPLATE",

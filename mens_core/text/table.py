@@ -18,9 +18,9 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from mens_core.chat.open_chat import Chat, Rendered
 from mens_core.corpus.faults import Fault, Faults
 from mens_core.corpus.row import Row
-from mens_core.text.chat import Chat, Rendered
 from mens_core.text.encode import Encoder
 from mens_core.text.tokens import TokenRows
 

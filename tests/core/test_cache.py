@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 
+from mens_core.chat.open_chat import ChatML
 from mens_core.corpus.rows import iter_rows
 from mens_core.errors import DataError
 from mens_core.text import cache
 from mens_core.text.cache import cached_table
-from mens_core.text.chat import ChatML
 from mens_core.text.encode import Encoder
 from mens_core.text.lab import lab_tokenizer
 from mens_core.text.table import Supervision, table_in_memory

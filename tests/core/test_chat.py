@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
+from mens_core.chat.open_chat import TURN_END, TURN_START, ChatML
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import ToolCall, Turn
-from mens_core.text.chat import TURN_END, TURN_START, ChatML
 from mens_core.text.lab import lab_tokenizer
 
 CHATML = ChatML(lab_tokenizer())

@@ -10,11 +10,11 @@ from chat_families import FAMILIES
 from chat_refusals import NO_OFFERS, refused
 from transformers.utils import chat_template_utils
 
+from mens_core.chat.messages import CallForm, messages
+from mens_core.chat.open_chat import open_chat
+from mens_core.chat.template import PINNED_DATE
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import Turn
-from mens_core.text.chat import open_chat
-from mens_core.text.messages import CallForm, messages
-from mens_core.text.template import PINNED_DATE
 
 
 @pytest.fixture(scope="module")

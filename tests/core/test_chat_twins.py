@@ -6,12 +6,12 @@ import pytest
 from chat_conversations import CALLS, MULTI, WEATHER, assistant, call, told, user
 from chat_families import FAMILIES
 
+from mens_core.chat.habits import learn
+from mens_core.chat.open_chat import ChatML, open_chat
+from mens_core.chat.template import Template
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import ToolCall, Turn
 from mens_core.errors import ModelError
-from mens_core.text.chat import ChatML, open_chat
-from mens_core.text.habits import learn
-from mens_core.text.template import Template
 
 SMOLLM = FAMILIES["smollm2-1.7b-instruct"]
 TURN = "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from mens_core.chat.open_chat import TURN_END, TURN_START, ChatML, Rendered
 from mens_core.corpus.faults import Fault, Faults
 from mens_core.corpus.row import Row, Turn
-from mens_core.text.chat import TURN_END, TURN_START, ChatML, Rendered
 from mens_core.text.encode import Encoder
 from mens_core.text.lab import lab_tokenizer
 from mens_core.text.table import Supervision, table_in_memory

@@ -6,11 +6,11 @@ from chat_families import FAMILIES
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from mens_core.chat.open_chat import open_chat
+from mens_core.chat.sealed import Looked, Sealed
+from mens_core.chat.template import Template
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import Turn
-from mens_core.text.chat import open_chat
-from mens_core.text.sealed import Looked, Sealed
-from mens_core.text.template import Template
 
 SMOLLM = FAMILIES["smollm2-1.7b-instruct"]
 # What a message's content may be made of in a template that only writes it.

@@ -5,8 +5,8 @@ from chat_conversations import CONVERSATIONS, MULTI, assistant, user
 from chat_families import FAMILIES
 from chat_refusals import refused
 
+from mens_core.chat.open_chat import open_chat
 from mens_core.corpus.faults import Fault
-from mens_core.text.chat import open_chat
 from mens_core.text.encode import Encoder
 
 

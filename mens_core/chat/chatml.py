@@ -15,9 +15,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from mens_core.chat.quoting import Quoting, special_tokens
+from mens_core.chat.rendered import Rendered, Span
 from mens_core.corpus.row import ToolCall, Turn
-from mens_core.text.quoting import Quoting, special_tokens
-from mens_core.text.rendered import Rendered, Span
 
 __all__ = ["TURN_END", "TURN_START", "ChatML"]
 

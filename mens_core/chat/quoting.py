@@ -13,9 +13,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from mens_core.chat.rendered import Rendered, Span
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import ToolCall, Turn
-from mens_core.text.rendered import Rendered, Span
 
 __all__ = ["FIRST_STAND_IN", "Quoting", "special_tokens"]
 

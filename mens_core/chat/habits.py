@@ -13,10 +13,10 @@ from typing import Any
 import attrs
 from tokenizers import Tokenizer
 
+from mens_core.chat.messages import CallForm, messages
+from mens_core.chat.template import Template
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import ToolCall, Turn
-from mens_core.text.messages import CallForm, messages
-from mens_core.text.template import Template
 
 __all__ = ["Habits", "learn"]
 

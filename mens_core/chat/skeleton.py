@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
+from mens_core.chat.quoting import FIRST_STAND_IN
+from mens_core.chat.rendered import Span
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import ToolCall, Turn
-from mens_core.text.quoting import FIRST_STAND_IN
-from mens_core.text.rendered import Span
 
 __all__ = ["SLOT", "Frame", "Skeleton", "skeleton", "slot_of"]
 

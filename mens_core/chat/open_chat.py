@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mens_core.text.chatml import TURN_END, TURN_START, ChatML
-from mens_core.text.rendered import Chat, Rendered
-from mens_core.text.template_chat import TemplateChat
-from mens_core.text.template_files import read_templates
+from mens_core.chat.chatml import TURN_END, TURN_START, ChatML
+from mens_core.chat.rendered import Chat, Rendered
+from mens_core.chat.template_chat import TemplateChat
+from mens_core.chat.template_files import read_templates
 
 __all__ = ["TURN_END", "TURN_START", "Chat", "ChatML", "Rendered", "open_chat"]
 

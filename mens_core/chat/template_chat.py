@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import attrs
 from tokenizers import Tokenizer
 
+from mens_core.chat.habits import learn
+from mens_core.chat.messages import CallForm, Message, messages
+from mens_core.chat.quoting import Quoting, special_tokens
+from mens_core.chat.rendered import Rendered, Span
+from mens_core.chat.sealed import Sealed
+from mens_core.chat.skeleton import Frame, Skeleton, skeleton, slot_of
+from mens_core.chat.spans import assistant_spans
+from mens_core.chat.template import PINNED_DATE, Template
+from mens_core.chat.template_files import TemplateFiles
 from mens_core.corpus.faults import Fault
 from mens_core.corpus.row import Turn
-from mens_core.text.habits import learn
-from mens_core.text.messages import CallForm, Message, messages
-from mens_core.text.quoting import Quoting, special_tokens
-from mens_core.text.rendered import Rendered, Span
-from mens_core.text.sealed import Sealed
-from mens_core.text.skeleton import Frame, Skeleton, skeleton, slot_of
-from mens_core.text.spans import assistant_spans
-from mens_core.text.template import PINNED_DATE, Template
-from mens_core.text.template_files import TemplateFiles
 
 __all__ = ["TemplateChat"]
 

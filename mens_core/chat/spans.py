@@ -13,10 +13,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 
+from mens_core.chat.habits import Habits
+from mens_core.chat.rendered import Span
+from mens_core.chat.skeleton import SLOT, Skeleton, slot_of
 from mens_core.corpus.faults import Fault
-from mens_core.text.habits import Habits
-from mens_core.text.rendered import Span
-from mens_core.text.skeleton import SLOT, Skeleton, slot_of
 
 __all__ = ["Prompts", "assistant_spans"]
 

@@ -15,10 +15,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mens_core.chat.messages import Message
+from mens_core.chat.sealed import Looked, sealing
 from mens_core.corpus.faults import Fault
 from mens_core.errors import ModelError, printable
-from mens_core.text.messages import Message
-from mens_core.text.sealed import Looked, sealing
 
 if TYPE_CHECKING:
     import jinja2
