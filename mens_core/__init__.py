@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mens_core.generation import generate
     from mens_core.hookspecs import hookimpl
     from mens_core.measuring import measure_speeds
+    from mens_core.merging.merge import merge
     from mens_core.plan import BaseWeights, ExecutionPlan, GateVerdict, KernelOffer, Machine, Speed, Workload
     from mens_core.planner import Planner
     from mens_core.plugins import BackendInfo, installed_backends
@@ -62,6 +63,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
     "measure_speeds": "measuring",
+    "merge": "merging.merge",
     "mix": "corpus.mix",
     "preview_rows": "preview",
     "write_pairs": "corpus.pairs",
@@ -93,6 +95,7 @@ __all__ = [
     "hookimpl",
     "installed_backends",
     "measure_speeds",
+    "merge",
     "mix",
     "preview_rows",
     "write_pairs",

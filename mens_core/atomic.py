@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all.
+"""Files and folders that appear whole or not at all.
 
     temporary file beside the target ─▶ flush, fsync ─▶ rename over the target ─▶ fsync of the folder
 
@@ -9,12 +9,47 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["replacing"]
+from mens_core.errors import ModelError
+
+__all__ = ["appearing", "replacing"]
+
+# What mkdir gives a folder; mkdtemp keeps others out.
+_FOLDER_MODE = 0o755
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Build a folder beside its place; it takes it when the block ends well, and leaves nothing behind otherwise.
+
+    Args:
+        folder: not there yet, or empty; its parents are made.
+
+    Yields:
+        The folder to build in.
+
+    Raises:
+        ModelError: if it is there and not empty, or no folder.
+        OSError: as the file system reports it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError("the output folder is not empty", where=folder, fix="choose another --output")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield building
+        building.chmod(_FOLDER_MODE)
+        building.replace(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    _sync_folder(folder.parent)
 
 
 @contextmanager

@@ -9,8 +9,6 @@ on given text.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from mens_core.artifacts.files import write_json
 from mens_core.artifacts.tensors import write_tensors
+from mens_core.atomic import appearing
 from mens_core.chat.open_chat import TURN_END, TURN_START
 from mens_core.errors import DataError, ModelError
 from mens_core.hf.keymap import tensor_shapes
@@ -30,7 +29,6 @@ from mens_core.text.lab import END_OF_TEXT
 __all__ = ["SIZES", "Size", "write_random_model", "write_random_weights"]
 
 _INITIAL_STD = 0.02
-_FOLDER_MODE = 0o755  # mkdtemp makes a folder nobody else may enter; a model folder is an ordinary one
 
 
 @attrs.frozen
@@ -75,21 +73,12 @@ def write_random_model(
         raise ModelError(f"there is no architecture {arch!r}", expected=f"one of {', '.join(GRAPHS)}")
     if size not in SIZES:
         raise ModelError(f"there is no size {size!r}", expected=f"one of {', '.join(SIZES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ModelError("the output folder is not empty", where=output, fix="choose another --output")
     missing = [path for path in text if not path.is_file()]
     if missing or not text:
         raise DataError("the tokenizer needs text files", where=", ".join(map(str, missing)) or "none given")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with appearing(output) as building:
         tokens = _write_tokenizer(building, text, vocab_size, SIZES[size].positions)
         write_random_weights(building, arch=arch, size=SIZES[size], vocab_size=tokens, seed=seed)
-        building.chmod(_FOLDER_MODE)
-        building.replace(output)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def write_random_weights(folder: Path, *, arch: str, size: Size, vocab_size: int, seed: int = 42) -> None:

@@ -18,7 +18,15 @@ from mens_core.fields import written_size
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["TrainingView", "complain", "lengths_lines", "run_summary", "say", "table"]
+__all__ = [
+    "TrainingView",
+    "complain",
+    "lengths_lines",
+    "merge_text",
+    "run_summary",
+    "say",
+    "table",
+]
 
 _SECONDS_BETWEEN_LINES = 5.0
 _CHATS = {"chatml": "ChatML", "template": "the model's own chat template"}
@@ -203,6 +211,21 @@ def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
         f"model card     {output_dir / 'MODEL_CARD.md'}",
     ]
     return "\n".join(lines)
+
+
+def merge_text(output: Path, merged: Mapping[str, Any]) -> str:
+    """What was merged into what, and how exactly."""
+    totals = merged["totals"]
+    lines = [
+        f"merged {totals['merged']} tensors onto {merged['onto']} in {merged['seconds']:.1f} s",
+        f"update         {totals['relative_update']:.2e} of the weights' norm",
+        f"changed        {totals['changed']:,} of {totals['elements']:,} weights; {totals['copied']} tensors as before",
+        f"rounding       {totals['relative_rounding']:.2e} of the update's norm (weights {merged['dtype']})",
+    ]
+    if merged["head_untied"]:
+        lines.append("head           now a tensor of its own: config.json says tie_word_embeddings false")
+    lines += [f"note           {note}" for note in merged["notes"]]
+    return "\n".join([*lines, f"model          {output}"])
 
 
 class TrainingView:

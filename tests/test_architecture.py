@@ -122,6 +122,7 @@ def test_the_public_surface_is_what_it_says():
         "hookimpl",
         "installed_backends",
         "measure_speeds",
+        "merge",
         "mix",
         "preview_rows",
         "write_pairs",

@@ -6,21 +6,25 @@
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from mens_core.artifacts.files import copy_bytes
 from mens_core.atomic import replacing
 from mens_core.errors import ModelError
 from mens_core.hf.header import WIDTHS, TensorInfo, make_header, read_header
 from mens_core.hf.inventory import Inventory, read_inventory
 
 __all__ = [
+    "AnyArray",
+    "StoredBytes",
     "TensorFolder",
     "TensorInfo",
     "open_tensors",
@@ -49,7 +53,16 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
+#: An array of any type that the format knows.
 AnyArray: TypeAlias = NDArray[Any]
+
+
+class StoredBytes(NamedTuple):
+    """Bytes [start, stop) of a file."""
+
+    path: Path
+    start: int
+    stop: int
 
 
 class TensorFolder(Mapping[str, AnyArray]):
@@ -61,6 +74,17 @@ class TensorFolder(Mapping[str, AnyArray]):
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
         self._maps: dict[Path, mmap.mmap] = {}
+
+    def stored(self, name: str) -> StoredBytes:
+        """Where a tensor's bytes are."""
+        info = self.headers[name]
+        return StoredBytes(self._inventory.places[name], info.start, info.stop)
+
+    def forget(self) -> None:
+        """Tell the system that the pages read so far need not stay in memory; what is read again is mapped again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     @property
     def headers(self) -> Mapping[str, TensorInfo]:
@@ -123,25 +147,25 @@ def write_tensors(path: Path, tensors: Mapping[str, AnyArray], metadata: Mapping
         if tensor.dtype not in _CODES:
             raise ModelError(f"a tensor of type {tensor.dtype} cannot be stored", where=f"{path}, tensor {name}")
     specs = {name: (_CODES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
-    stream_tensors(path, specs, tensors.__getitem__, metadata)
+    stream_tensors(path, specs, lambda name: (tensors[name],), metadata)
 
 
 def stream_tensors(
     path: Path,
     specs: Mapping[str, tuple[str, tuple[int, ...]]],
-    read: Callable[[str], AnyArray],
+    blocks: Callable[[str], Iterable[AnyArray | StoredBytes]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file from tensors that are made one at a time, so that never two of them are held.
+    """Write a safetensors file from tensors that are made piece by piece, so that none has to be held.
 
     Args:
         path: the file; its folder must exist.
         specs: name → (dtype code, shape), known beforehand.
-        read: called once per name, in the order of the file.
+        blocks: called once per name, in the order of the file: the tensor's rows, or bytes of another file.
         metadata: texts for the header.
 
     Raises:
-        ModelError: if an array is not what its spec says.
+        ModelError: if the blocks are not what their spec says.
         OSError: as the file system reports it; an old file is then untouched.
     """
     # Wide types first, as the reference implementation does: every tensor then starts at a multiple of its width.
@@ -150,11 +174,21 @@ def stream_tensors(
     with replacing(path, binary=True) as (file,):
         file.write(header)
         for name in order:
-            tensor = np.asarray(read(name), order="C")
-            if (_CODES.get(tensor.dtype), tensor.shape) != (specs[name][0], tuple(specs[name][1])):
-                found, announced = f"{tensor.dtype} {tensor.shape}", specs[name]
-                raise ModelError(f"tensor {name} is {found}, not {announced} as announced", where=path)
-            file.write(tensor.reshape(-1).view(np.uint8).data)
+            code, shape = specs[name]
+            written = sum(_write_block(file, block, code, f"{path}, tensor {name}") for block in blocks(name))
+            if written != math.prod(shape) * WIDTHS[code]:
+                raise ModelError(f"tensor {name} has {written} bytes, announced were {code} {shape}", where=path)
+
+
+def _write_block(file: IO[bytes], block: AnyArray | StoredBytes, code: str, where: str) -> int:
+    """Write one block; returns its bytes."""
+    if isinstance(block, StoredBytes):
+        copy_bytes(block.path, block.start, block.stop, file)
+        return block.stop - block.start
+    if _CODES.get(block.dtype) != code:
+        raise ModelError(f"a block of type {block.dtype} where {code} was announced", where=where)
+    file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+    return block.nbytes
 
 
 def _map_file(path: Path) -> mmap.mmap:

@@ -22,6 +22,9 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "plan": "say what a run would do, need and take, without spending anything",
     "train": "train a LoRA or QLoRA adapter",
+    "merge-qlora": "make one model of a base and its QLoRA adapter",
+    "merge-weights": "make one model of a base and its LoRA adapter",
+    "merge-adapter": "make one model of a base and any adapter, or several",
     "generate": "answer a prompt with a base and, if given, its adapter",
     "corpus": "make, mix and examine the rows to train on",
     "data": "show the rows as training sees them",
@@ -31,6 +34,8 @@ VERBS = {
     "init-model": "write a small, randomly initialised model folder",
 }
 
+# Verbs that share a module.
+_MODULES = {"merge-qlora": "merge_adapter", "merge-weights": "merge_adapter"}
 _INTERRUPTED = 130
 
 
@@ -87,7 +92,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if verb == called:
-            module = importlib.import_module(f"mens_core.cli.{verb.replace('-', '_')}")
+            module = importlib.import_module(f"mens_core.cli.{_MODULES.get(verb, verb.replace('-', '_'))}")
             module.add_arguments(verb_parser)
             verb_parser.add_argument("--debug", action="store_true", help="show the full trace of an error")
             verb_parser.set_defaults(run=module.run, parser=verb_parser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,15 @@ from mens_core.hf.header import FLOATS, TensorInfo, read_header
 from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import Layout
 
-__all__ = ["Coverage", "Inventory", "decoder_linears", "holds_weights", "middle_coverage", "read_inventory"]
+__all__ = [
+    "Coverage",
+    "Inventory",
+    "decoder_linears",
+    "holds_weights",
+    "middle_coverage",
+    "read_inventory",
+    "read_shards",
+]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -95,6 +103,22 @@ def read_inventory(folder: Path, layout: Layout | None) -> Inventory:
         )
     return Inventory(
         folder=folder, files=files, tensors=tensors, places=places, linears=decoder_linears(layout, tensors)
+    )
+
+
+def read_shards(files: Sequence[Path], layout: Layout | None) -> Inventory:
+    """Read the headers of given safetensors files, which may be a part of a model.
+
+    Raises:
+        ModelError: if a file may not be opened, its header is malformed, or two hold one tensor.
+    """
+    tensors, places = _read_headers(files)
+    return Inventory(
+        folder=files[0].parent,
+        files=tuple(files),
+        tensors=tensors,
+        places=places,
+        linears=decoder_linears(layout, tensors),
     )
 
 

@@ -95,7 +95,8 @@ def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
             where=f"weight {shapes[0]}, lora_A {shapes[1]}, lora_B {shapes[2]}",
             expected="weight (out, in), lora_A (rank, in), lora_B (out, rank)",
         )
-    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scale)
+    # In PEFT's order of roundings, so that a merge by either gives the same bits.
+    return (lora_b.float() @ lora_a.float()).mul_(scale).add_(weight)
 
 
 def select_targets(paths: Sequence[str], targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,0 +1,204 @@
+"""A LoRA adapter in memory, whichever format it came from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+
+from mens_core.errors import ModelError
+from mens_core.exchange import NF4Spec
+
+__all__ = ["LoraAdapter", "LoraPair", "Targets", "combined"]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class LoraPair:
+    """The update of one weight, s · B A (Hu et al. 2021, section 4.1).
+
+    Attributes:
+        a: (R, in) float32.
+        b: (out, R) float32.
+        scale: s, dimensionless.
+    """
+
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.a.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight that it updates."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+@attrs.frozen(kw_only=True)
+class Targets:
+    """Which modules an adapter's configuration says it adapts, as PEFT reads it.
+
+    Attributes:
+        names: ``all-linear``, a regular expression for whole paths, or names that paths equal or end with.
+        excluded: the same, of those left out.
+        layers: numbers of the layers it is confined to; None for all.
+    """
+
+    names: str | tuple[str, ...]
+    excluded: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    def of(self, modules: Iterable[str]) -> set[str]:
+        """Those of a base's linear layers that should be adapted."""
+        return {
+            module
+            for module in modules
+            if (self.names == "all-linear" or _matches(module, self.names))
+            and not _matches(module, self.excluded)
+            and (self.layers is None or _layer(module) in self.layers)
+        }
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class LoraAdapter:
+    """What an adapter's files say, checked: every pair is complete and finite, its shapes, rank and scale agree.
+
+    Attributes:
+        source: the file or folder that it was read from, for messages.
+        kind: ``peft``, ``v2`` or ``v3``: the format of the description.
+        method: of the run that made it, ``lora`` or ``qlora``; None where the files do not say.
+        pairs: name of the base's tensor → its update.
+        whole: name of a tensor → what takes its place, trained whole beside the pairs.
+        targets: what the configuration asks for; None where it lists its tensors one by one.
+        base_model: folder or hub id of the base; None where the files do not say.
+        base_sha256: name of a weight file of the base → its hash; empty where the files do not say.
+        nf4: how the base was quantised; None where it was not, or the files do not say.
+        config: the description as it was read.
+    """
+
+    source: Path
+    kind: str
+    method: str | None
+    pairs: Mapping[str, LoraPair] = attrs.field(repr=False)
+    whole: Mapping[str, NDArray[Any]] = attrs.field(factory=dict, repr=False)
+    targets: Targets | None = None
+    base_model: str | None = None
+    base_sha256: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    nf4: NF4Spec | None = None
+    config: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the adapted layers."""
+        return tuple(name.removesuffix(".weight") for name in self.pairs)
+
+    def stacked(self) -> tuple[dict[str, NDArray[np.float32]], int, float]:
+        """The pairs as one rank and one scale, which is what a session holds.
+
+        Smaller ranks are filled up with zeros, which change nothing; a scale of its own is taken into B, which
+        rounds it once.
+
+        Returns:
+            (shared name → array, rank, scale).
+
+        Raises:
+            ModelError: if the adapter is more than pairs.
+        """
+        if self.whole:
+            raise ModelError(
+                f"the adapter holds {len(self.whole)} tensors trained whole, such as {next(iter(self.whole))}",
+                where=self.source,
+                expected="low-rank updates alone",
+                fix="python -m mens_core merge-adapter makes one model of the base and the adapter",
+            )
+        rank = max(pair.rank for pair in self.pairs.values())
+        scale = next(iter(self.pairs.values())).scale
+        tensors: dict[str, NDArray[np.float32]] = {}
+        for module, pair in zip(self.modules, self.pairs.values(), strict=True):
+            missing = rank - pair.rank
+            ratio = np.float32(pair.scale / scale)
+            tensors[f"{module}.lora_A.weight"] = np.pad(pair.a, ((0, missing), (0, 0)))
+            tensors[f"{module}.lora_B.weight"] = np.pad(pair.b * ratio, ((0, 0), (0, missing)))
+        return tensors, rank, scale
+
+    def check(self) -> None:
+        """See that the numbers are fit for use.
+
+        Raises:
+            ModelError: if there is no pair, one has shapes that do not fit, or a number is not finite.
+        """
+        if not self.pairs:
+            raise ModelError("the adapter holds no low-rank update", where=self.source)
+        for name, pair in self.pairs.items():
+            if pair.a.ndim != 2 or pair.b.ndim != 2 or pair.a.shape[0] != pair.b.shape[1]:
+                raise ModelError(
+                    f"the two parts of an update do not fit: A {pair.a.shape}, B {pair.b.shape}",
+                    where=f"{self.source}, {name}",
+                    expected="A (rank, in), B (out, rank)",
+                )
+            if not (math.isfinite(pair.scale) and np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
+                raise ModelError("the adapter holds numbers that are not finite", where=f"{self.source}, {name}")
+
+
+def combined(parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
+    """A linear combination of adapters as one adapter, exactly: their ranks lie side by side.
+
+    Σ wᵢ sᵢ Bᵢ Aᵢ is the product of all B, each times wᵢ sᵢ, beside each other and all A below each other.
+
+    Args:
+        parts: adapters with their weights, dimensionless; at least one.
+
+    Raises:
+        ModelError: if one holds tensors trained whole, which have no sum, or two differ in a weight's shape.
+    """
+    first = parts[0][0]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return first
+    pairs: dict[str, list[tuple[LoraPair, float]]] = {}
+    for adapter, weight in parts:
+        if adapter.whole:
+            raise ModelError(
+                "an adapter with tensors trained whole cannot be combined", where=adapter.source, expected="pairs alone"
+            )
+        for name, pair in adapter.pairs.items():
+            pairs.setdefault(name, []).append((pair, weight * pair.scale))
+    for name, found in pairs.items():
+        if len({pair.shape for pair, _ in found}) > 1:
+            raise ModelError(
+                f"the adapters do not fit each other: {name} is updated in the shapes "
+                f"{', '.join(str(pair.shape) for pair, _ in found)}",
+                where=", ".join(str(adapter.source) for adapter, _ in parts),
+                expected="adapters of one base",
+            )
+    return attrs.evolve(
+        first,
+        pairs={
+            name: LoraPair(
+                a=np.concatenate([pair.a for pair, _ in found]),
+                b=np.concatenate([pair.b * np.float32(factor) for pair, factor in found], axis=1),
+                scale=1.0,
+            )
+            for name, found in pairs.items()
+        },
+        targets=None,
+    )
+
+
+def _matches(module: str, names: str | Sequence[str]) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def _layer(module: str) -> int | None:
+    """The number of the block that a module belongs to: the first one in its path."""
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
