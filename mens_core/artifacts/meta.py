@@ -126,7 +126,7 @@ def read_meta_adapter(weights: Path, meta_path: Path) -> LoraAdapter:
             raise ModelError(
                 f"lora_a of {logical} has shape {a.shape}",
                 where=weights,
-                expected=f"({meta.rank}, in), as its rank says",
+                expected=f"({meta.rank}, in), as its description says",
             )
         pairs[key] = LoraPair(a=a, b=b, scale=meta.alpha / meta.rank)
     if tensors:

@@ -1,0 +1,377 @@
+"""Merging: bit for bit what PEFT merges, from every format, and an error for everything that does not fit."""
+
+import itertools
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+import torch
+from folders import write_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import mens_core
+from mens_core.artifacts.adapters import open_adapter
+from mens_core.artifacts.lora import combined
+from mens_core.artifacts.tensors import open_tensors, read_tensors, write_tensors
+from mens_core.cli import main
+from mens_core.errors import MensError, ModelError
+
+FORMATS = {
+    2: ("vox_mens_qlora_lora_only_v2", "vox_populi_qlora_lora_only_v2"),
+    3: ("vox_mens_adapter", "vox_populi_adapter"),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Family → model folder."""
+    root = tmp_path_factory.mktemp("bases")
+    for number, (family, config) in enumerate(tiny.CONFIGS.items()):
+        tiny.write_model(root / family, family, config, seed=number)
+    return {family: root / family for family in tiny.CONFIGS}
+
+
+def peft_adapter(base, folder, **settings):
+    """An adapter that PEFT made, with random numbers in it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": False} | settings
+    if model.config.model_type == "gpt2":
+        config["fan_in_fan_out"] = True
+    wrapped = get_peft_model(model, LoraConfig(**config))
+    if config.get("modules_to_save"):
+        with torch.no_grad():
+            wrapped.get_output_embeddings().weight.add_(0.125)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def merged_by_peft(base, folder, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().state_dict()
+
+
+def merge(folder, base, output, **options):
+    return mens_core.merge([(folder, 1.0)], base=base, output=output, backend="torch", **options)
+
+
+SETTINGS = {
+    "all": {},
+    "rank-stabilised": {"use_rslora": True},
+    "two targets": {"target_modules": ["q_proj", "down_proj"]},
+    "ranks of their own": {
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp.down_proj": 6},
+        "alpha_pattern": {"q_proj": 7},
+    },
+    "a head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_merge_gives_the_bits_of_peft(bases, tmp_path, settings):
+    base = bases["llama"]
+    adapter = peft_adapter(base, tmp_path / "adapter", **SETTINGS[settings])
+    merge(adapter, base, tmp_path / "out")
+    expected, found = merged_by_peft(base, adapter), open_tensors(tmp_path / "out")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merge_gives_the_bits_of_peft_in_half_formats(bases, tmp_path, family, dtype):
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(bases[family], dtype=dtype).save_pretrained(base)
+    adapter = peft_adapter(base, tmp_path / "adapter")
+    report = merge(adapter, base, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == dtype
+    for name, tensor in merged_by_peft(base, adapter, dtype).items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert 0 < report["totals"]["relative_rounding"] < 1e-2
+
+
+@pytest.fixture
+def subset(tmp_path):
+    """The runbook's fixture: width 3, vocabulary 4, rank 2, alpha 4, A and B all ones, W = 0.1 i."""
+    weight = (0.1 * np.arange(12, dtype=np.float32)).reshape(4, 3)
+    write_tensors(tmp_path / "base.safetensors", {"wte.weight": weight, "other.weight": weight}, {})
+
+    def adapter(number, name, spelling, **changes):
+        pair = {
+            f"lm_head.lora_{half}{spelling}": np.ones(shape, np.float32)
+            for half, shape in zip("ab", SHAPES, strict=True)
+        }
+        write_tensors(tmp_path / "adapter.safetensors", pair, {})
+        meta = {"format": name, "version": number, "layer_order": ["lm_head"], "rank": 2, "alpha": 4}
+        meta |= {"base_key_map": {"lm_head": "wte.weight"}, "vocab": 4, "d_model": 3}
+        meta |= {"embed_key": "wte.weight"} if number == 2 else {"adapter_method": "qlora", "quant": {}}
+        (tmp_path / "meta.json").write_text(json.dumps(meta | changes))
+        return ["--adapter", tmp_path / "adapter.safetensors", "--meta", tmp_path / "meta.json"]
+
+    return weight, adapter
+
+
+SHAPES = ((2, 3), (4, 2))
+
+
+def merge_words(tmp_path, words, verb="merge-qlora"):
+    output = ["--output", tmp_path / "merged.safetensors", "--backend", "torch"]
+    return main([verb, *map(str, ["--base-shard", tmp_path / "base.safetensors", *words, *output])])
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("spelling", ["", ".weight"])
+@pytest.mark.parametrize("house", [0, 1])
+def test_merge_qlora_cli_roundtrip_of_both_versions_formats_and_spellings(tmp_path, subset, version, spelling, house):
+    weight, adapter = subset
+    assert merge_words(tmp_path, adapter(version, FORMATS[version][house], spelling)) == 0
+    merged = read_tensors(tmp_path / "merged.safetensors")
+    assert list(merged) == ["wte.weight"]
+    np.testing.assert_allclose(merged["wte.weight"], weight + 4, rtol=0, atol=1e-5)
+
+
+BROKEN_META = {
+    "version 1": ({"format": "vox_mens_qlora_lora_only_v1", "version": 1}, "is not known"),
+    "version 4": ({"version": 4}, "is not known"),
+    "another format": ({"format": "junk"}, "'junk'"),
+    "no entry for a layer": ({"base_key_map": {"head": "wte.weight"}}, "no entry for lm_head"),
+    "two layers on one tensor": (
+        {"layer_order": ["lm_head", "mid0"], "base_key_map": {"lm_head": "wte.weight", "mid0": "wte.weight"}},
+        "both update wte.weight",
+    ),
+    "a tensor that is not there": ({"base_key_map": {"lm_head": "wpe.weight"}}, "no counterpart in the base"),
+    "another rank": ({"rank": 3}, "as its description says"),
+    "no rank": ({"rank": 0}, "rank is 0"),
+    "no alpha": ({"alpha": "4"}, "alpha is '4'"),
+    "a layer without tensors": (
+        {"layer_order": ["lm_head", "l0"], "base_key_map": {"lm_head": "wte.weight", "l0": "h.0.mlp.c_fc.weight"}},
+        "no pair of tensors for l0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_META)
+def test_merge_qlora_refuses_a_description_that_is_wrong(tmp_path, subset, capsys, case):
+    _, adapter = subset
+    changes, message = BROKEN_META[case]
+    assert merge_words(tmp_path, adapter(3, "vox_mens_adapter", "", **changes)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_merge_of_layers_of_two_kinds_of_model_is_refused(tmp_path, subset, capsys):
+    _, adapter = subset
+    keys = {"lm_head": "wte.weight", "l0": "model.layers.0.mlp.up_proj.weight"}
+    words = adapter(3, "vox_mens_adapter", "", layer_order=[*keys], base_key_map=keys)
+    tensors = {f"{name}.lora_{half}": np.ones(shape) for name in keys for half, shape in zip("ab", SHAPES, strict=True)}
+    write_tensors(tmp_path / "adapter.safetensors", tensors, {})
+    assert merge_words(tmp_path, words) == 2
+    assert "mixes tensors of different kinds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1), (3, 4), (2, 4, 3)])
+def test_merge_broadcasts_nothing(tmp_path, subset, capsys, shape):
+    _, adapter = subset
+    words = adapter(3, "vox_mens_adapter", "")
+    write_tensors(tmp_path / "base.safetensors", {"wte.weight": np.ones(shape, np.float32)}, {})
+    assert merge_words(tmp_path, words) == 2
+    assert "nothing is broadcast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["checkpoint.bin", "checkpoint.BIN"])
+@pytest.mark.parametrize("verb", ["merge-qlora", "merge-weights"])
+def test_merge_refuses_a_pickled_checkpoint_with_guidance(tmp_path, capsys, name, verb):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    assert merge_words(tmp_path, ["--adapter", tmp_path / name], verb) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("safetensors", "merge-weights", "merge-qlora", "docs/merging.md"))
+
+
+@pytest.mark.parametrize("missing", ["base.safetensors", "adapter.safetensors", "meta.json"])
+def test_merge_names_a_file_that_is_missing(tmp_path, subset, capsys, missing):
+    _, adapter = subset
+    words = adapter(2, "vox_mens_qlora_lora_only_v2", "")
+    (tmp_path / missing).unlink()
+    assert merge_words(tmp_path, words) == 2
+    assert missing in capsys.readouterr().err
+
+
+def test_merge_weights_points_to_merge_qlora_and_the_other_way_round(tmp_path, subset, capsys):
+    _, adapter = subset
+    assert merge_words(tmp_path, adapter(3, "vox_mens_adapter", ""), "merge-weights") == 2
+    assert "python -m mens_core merge-qlora" in capsys.readouterr().err
+    assert merge_words(tmp_path, adapter(3, "vox_mens_adapter", "", adapter_method="lora")) == 2
+    assert "python -m mens_core merge-weights" in capsys.readouterr().err
+
+
+def _without(name):
+    def change(folder):
+        tensors = dict(read_tensors(folder / "adapter_model.safetensors"))
+        tensors = {key: np.array(tensor) for key, tensor in tensors.items() if name not in key}
+        write_tensors(folder / "adapter_model.safetensors", tensors, {})
+
+    return change
+
+
+def _with(**entries):
+    def change(folder):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return change
+
+
+def _with_tensor(name, array):
+    def change(folder):
+        tensors = {key: np.array(tensor) for key, tensor in read_tensors(folder / "adapter_model.safetensors").items()}
+        write_tensors(folder / "adapter_model.safetensors", tensors | {name: array}, {})
+
+    return change
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BROKEN_PEFT = {
+    "half a pair": (_without("layers.0.self_attn.q_proj.lora_B"), "half of an update is missing"),
+    "a layer missing": (_without("layers.1.self_attn.q_proj"), "the adapter is not complete"),
+    "a module missing": (_without("self_attn.k_proj"), "the adapter is not complete"),
+    "another rank": (_with(r=8), "has rank 4, its configuration says 8"),
+    "DoRA": (_with(use_dora=True), "more than LoRA: use_dora = True"),
+    "a bias": (_with(bias="all"), "more than LoRA"),
+    "another kind": (_with(peft_type="IA3"), "does not describe a LoRA adapter"),
+    "no alpha": (_with(lora_alpha=0), "lora_alpha is 0"),
+    "a stranger": (_with_tensor("base_model.model.model.norm.weight", np.ones(24, np.float32)), "no part of a LoRA"),
+    "not finite": (_with_tensor(Q0, np.full((4, 24), np.nan, np.float32)), "not finite"),
+    "of another width": (_with_tensor(Q0, np.ones((4, 25), np.float32)), "nothing is broadcast"),
+    "no update": (_with(target_modules=["lm_head"]), "names lm_head and holds nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_PEFT)
+def test_merge_refuses_an_adapter_that_does_not_fit_and_leaves_nothing(bases, tmp_path, case):
+    change, message = BROKEN_PEFT[case]
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter", target_modules=["q_proj", "k_proj"])
+    change(adapter)
+    with pytest.raises(ModelError, match=message):
+        merge(adapter, bases["llama"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_merge_refuses_an_adapter_of_another_model(bases, tmp_path):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter")
+    for other in ("gpt2", "qwen3"):
+        with pytest.raises(ModelError, match=r"no counterpart|nothing is broadcast"):
+            merge(adapter, bases[other], tmp_path / "out")
+
+
+def test_merge_that_changes_nothing_is_refused(bases, tmp_path):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter", init_lora_weights=True)
+    with pytest.raises(ModelError, match="next to nothing"):
+        merge(adapter, bases["llama"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_onto_another_base_than_that_of_the_training_is_refused(bases, tmp_path):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter")
+    contract = {"method": "lora", "block_size": 64, "double_quant": True}
+    record = {"plan": {"contract": contract}, "sha256": {"base_shards": {"model.safetensors": "0" * 64}}}
+    (adapter / "training_manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="not the one that the adapter was trained on"):
+        merge(adapter, bases["llama"], tmp_path / "out")
+    report = merge(adapter, bases["llama"], tmp_path / "out", base_changed_anyway=True)
+    assert report["notes"] == ["model.safetensors is not what the adapter was trained on"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_merge_unties_a_tied_head_that_is_updated_and_leaves_the_table_alone(bases, tmp_path, family):
+    base = bases[family]
+    stored = next(tensor for name, tensor in open_tensors(base).items() if "wte" in name or "embed_tokens" in name)
+    vocab, width = stored.shape
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, width), (vocab, 2)))
+    write_tensors(tmp_path / "adapter.safetensors", {"lm_head.lora_a": a, "lm_head.lora_b": b}, {})
+    key = "wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+    meta = {"format": "vox_mens_adapter", "version": 3, "layer_order": ["lm_head"], "base_key_map": {"lm_head": key}}
+    meta |= {"rank": 2, "alpha": 4, "adapter_method": "lora"}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    report = merge(tmp_path / "adapter.safetensors", base, tmp_path / "out", meta=tmp_path / "meta.json")
+    assert report["head_untied"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(model.get_input_embeddings().weight.detach().numpy(), stored)
+    np.testing.assert_allclose(model.get_output_embeddings().weight.detach().numpy(), stored + 2 * b @ a, atol=1e-5)
+
+
+def test_merge_in_shards_opens_as_one_file_does(bases, tmp_path):
+    adapter = peft_adapter(bases["qwen3"], tmp_path / "adapter")
+    one = merge(adapter, bases["qwen3"], tmp_path / "one")
+    many = merge(adapter, bases["qwen3"], tmp_path / "many", max_shard_bytes=20_000)
+    assert one["files"] == ["model.safetensors"]
+    assert len(many["files"]) > 3
+    assert all((tmp_path / "many" / file).stat().st_size < 30_000 for file in many["files"][1:-1])
+    states = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_merge_in_another_format_rounds_every_tensor_and_says_so(bases, tmp_path):
+    adapter = peft_adapter(bases["qwen3"], tmp_path / "adapter")
+    merge(adapter, bases["qwen3"], tmp_path / "exact")
+    merge(adapter, bases["qwen3"], tmp_path / "out", dtype="bfloat16")
+    exact, found = open_tensors(tmp_path / "exact"), open_tensors(tmp_path / "out")
+    for name, tensor in exact.items():
+        np.testing.assert_array_equal(found[name], tensor.astype(ml_dtypes.bfloat16))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_merge_of_several_adapters_is_their_weighted_sum(bases, tmp_path):
+    base = bases["llama"]
+    parts = [
+        (peft_adapter(base, tmp_path / "one", r=4), 0.75),
+        (peft_adapter(base, tmp_path / "two", r=2, use_rslora=True, target_modules=["q_proj"]), -0.25),
+    ]
+    mens_core.merge(parts, base=base, output=tmp_path / "out", backend="torch")
+    merged = open_tensors(tmp_path / "out")
+    expected = {name: tensor.astype(np.float64) for name, tensor in open_tensors(base).items()}
+    for folder, weight in parts:
+        for name, pair in open_adapter(folder).pairs.items():
+            expected[name] += weight * pair.scale * pair.b.astype(np.float64) @ pair.a
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(merged[name], tensor, rtol=0, atol=3e-6)
+    pair = combined([(open_adapter(folder), weight) for folder, weight in parts]).pairs
+    assert {pair[name].rank for name in pair} == {4, 6}
+
+
+def test_a_merge_that_is_interrupted_leaves_nothing(bases, tmp_path, monkeypatch):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter")
+    calls = itertools.count()
+
+    def interrupted(*_):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return np.ones((1, 1), np.float32)
+
+    monkeypatch.setattr("mens_core.backend.Backend.merge", lambda _, weight, *__: interrupted() * weight)
+    with pytest.raises(KeyboardInterrupt):
+        merge(adapter, bases["llama"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_merge_into_a_folder_in_use_is_refused(bases, tmp_path):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    write_file(tmp_path / "out" / "model.safetensors", {"a": ("F32", (1,))})
+    with pytest.raises(ModelError, match="not empty"):
+        merge(adapter, bases["llama"], tmp_path / "out")
+
+
+def test_a_truncated_adapter_is_refused(bases, tmp_path):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(MensError, match="malformed"):
+        merge(adapter, bases["llama"], tmp_path / "out")
