@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mens_core.artifacts.adapter import read_adapter, read_adapter_config
+from mens_core.artifacts.adapters import open_adapter
+from mens_core.artifacts.lora import LoraAdapter
 from mens_core.artifacts.rundir import MANIFEST
 from mens_core.contract import FineTuneContract
 from mens_core.corpus.faults import Fault
@@ -25,14 +26,9 @@ _DECIDED_BY_A_RUN = (
     "tokenizer",
     "tokenizer_json",
     "method",
-    "rank",
-    "alpha",
-    "rslora",
-    "targets",
     "block_size",
     "double_quant",
 )
-_A = ".lora_A.weight"
 
 
 def generate(
@@ -58,9 +54,9 @@ def generate(
     Raises:
         MensError: if base, adapter or backend cannot be used, or the prompt leaves no room for an answer.
     """
-    folder = Path(adapter) if adapter is not None else None
+    opened = open_adapter(Path(adapter)) if adapter is not None else None
     given = {"model": model, **fields} if model is not None else fields
-    contract = FineTuneContract.from_fields(trains=False, **((_adapter_fields(folder) if folder else {}) | given))
+    contract = FineTuneContract.from_fields(trains=False, **((_adapter_fields(opened) if opened else {}) | given))
     plan, backend = resolve(contract, trains=False)
     refuse_failed(plan.preflight, "preflight refuses the base")
     encoder = open_encoder(plan.tokenizer, plan.tokenizer_file, plan.model_dir, plan.layout)
@@ -73,9 +69,8 @@ def generate(
         raise ModelError(f"the prompt has {len(ids)} tokens", expected=f"fewer than {plan.layout.max_positions}")
     shape = BatchShape(rows=1, tokens=len(ids), longest_row=len(ids), supervised=1, batches=1)
     session = backend.open(plan, shape)
-    if folder:
-        state = TrainingState(adapter=read_adapter(folder), optimizer={}, step=0)
-        session = backend.restore(session, state)
+    if opened:
+        session = backend.restore(session, TrainingState(adapter=opened.stacked()[0], optimizer={}, step=0))
     settings = GenerateSettings(max_new_tokens=min(max_new_tokens, room), stop_tokens=encoder.stop_tokens())
     answer = backend.generate(session, ids, settings)
     if answer and answer[-1] in settings.stop_tokens:
@@ -85,20 +80,17 @@ def generate(
     return min((text.partition(tag)[0] for tag in encoder.chat.end_tags), key=len, default=text)
 
 
-def _adapter_fields(folder: Path) -> dict[str, Any]:
-    """The contract fields that an adapter's own files decide: a run's manifest, else PEFT's config."""
+def _adapter_fields(adapter: LoraAdapter) -> dict[str, Any]:
+    """The contract fields that an adapter's own files decide: a run's manifest, else PEFT's configuration."""
+    folder = adapter.source if adapter.source.is_dir() else adapter.source.parent
     record = folder / MANIFEST
+    asked = {}
     if record.is_file():
         try:
-            asked = json.loads(record.read_text(encoding="utf-8"))["plan"]["contract"]
-            return {name: asked[name] for name in _DECIDED_BY_A_RUN}
+            contract = json.loads(record.read_text(encoding="utf-8"))["plan"]["contract"]
+            asked = {name: contract[name] for name in _DECIDED_BY_A_RUN}
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"the run's manifest cannot be read: {error!r}", where=record) from error
-    config = read_adapter_config(folder)
-    return {
-        "model": config.get("base_model_name_or_path"),
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "rslora": bool(config.get("use_rslora", False)),
-        "targets": tuple(name.removesuffix(_A) for name in read_adapter(folder) if name.endswith(_A)),
-    }
+    _, rank, scale = adapter.stacked()
+    shape = {"rank": rank, "alpha": scale * rank, "rslora": False, "targets": adapter.modules}
+    return {"model": adapter.base_model, **asked, **shape}

@@ -10,7 +10,6 @@ The inner names, ``<module>.lora_A.weight``, are those all backends share.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,36 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.files import write_json
-from mens_core.artifacts.tensors import read_tensors, write_tensors
-from mens_core.errors import ModelError
+from mens_core.artifacts.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
+from mens_core.artifacts.tensors import write_tensors
 from mens_core.exchange import TrainingState
 from mens_core.plan import ExecutionPlan
 
 __all__ = [
-    "ADAPTER_CONFIG",
-    "ADAPTER_WEIGHTS",
     "V3_MANIFEST",
     "initial_state",
-    "read_adapter",
-    "read_adapter_config",
     "write_adapter",
 ]
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 V3_MANIFEST = "populi_adapter_manifest_v3.json"
-
-_PEFT_PREFIX = "base_model.model."
-
-# What would change the result and is not computed here; read over, it would give wrong answers in silence.
-_PLAIN_LORA: dict[str, Any] = {
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "modules_to_save": None,
-}
 
 Adapter = Mapping[str, NDArray[np.float32]]
 
@@ -82,57 +63,10 @@ def write_adapter(directory: Path, adapter: Adapter, plan: ExecutionPlan) -> Non
         adapter: shared name → array, float32.
         plan: of the run, for rank, alpha and provenance.
     """
-    tensors = {f"{_PEFT_PREFIX}{name}": np.ascontiguousarray(tensor) for name, tensor in adapter.items()}
+    tensors = {f"{PEFT_PREFIX}{name}": np.ascontiguousarray(tensor) for name, tensor in adapter.items()}
     write_tensors(directory / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     write_json(directory / ADAPTER_CONFIG, _peft_config(adapter, plan))
     write_json(directory / V3_MANIFEST, _v3_manifest(adapter, plan))
-
-
-def read_adapter(directory: Path) -> dict[str, NDArray[np.float32]]:
-    """Read an adapter in PEFT's format back under the shared names.
-
-    Raises:
-        ModelError: if a file is missing or a tensor is no LoRA weight.
-    """
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        if not (directory / name).is_file():
-            raise ModelError(
-                f"the adapter folder has no {name}", where=directory, expected="a folder written by train or by PEFT"
-            )
-    adapter: dict[str, NDArray[np.float32]] = {}
-    for name, tensor in read_tensors(directory / ADAPTER_WEIGHTS).items():
-        inner = name.removeprefix(_PEFT_PREFIX)
-        if inner == name or not inner.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ModelError(
-                f"the adapter holds a tensor that is no LoRA weight: {name}", where=directory / ADAPTER_WEIGHTS
-            )
-        adapter[inner] = np.asarray(tensor, np.float32)
-    return adapter
-
-
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """Read PEFT's ``adapter_config.json``.
-
-    Raises:
-        ModelError: if it is missing or not a JSON object of a LoRA adapter.
-    """
-    path = directory / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{ADAPTER_CONFIG} cannot be read: {error}", where=path) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ModelError(
-            f"{ADAPTER_CONFIG} does not describe a LoRA adapter", where=path, expected='"peft_type": "LORA"'
-        )
-    beyond = [name for name, plain in _PLAIN_LORA.items() if (config.get(name) or plain) != plain]
-    if beyond:
-        raise ModelError(
-            f"the adapter is more than plain LoRA: {', '.join(f'{name} = {config[name]!r}' for name in beyond)}",
-            where=path,
-            expected="one rank and one alpha for all layers, no bias, no DoRA, no modules saved whole",
-        )
-    return config
 
 
 def _plain(alpha: float) -> float | int:
@@ -186,6 +120,7 @@ def _v3_manifest(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
         "vocab": plan.layout.vocab_size,
         "d_model": plan.layout.hidden_size,
         "rank": spec.rank,
-        "alpha": _plain(spec.alpha),
+        # Its readers divide by the rank, whatever the run divided by.
+        "alpha": _plain(spec.alpha * spec.rank**0.5 if spec.rslora else spec.alpha),
         "base_model": plan.model_name,
     }

@@ -67,11 +67,16 @@ def merged_blocks(
         base = np.ascontiguousarray(stored, np.float32)
         merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
         written = merged.astype(dtype, copy=False)
-        error.changed += int(np.count_nonzero(written != stored.astype(dtype, copy=False)))
+        error.changed += int(np.count_nonzero(_bits(written) != _bits(stored.astype(dtype, copy=False))))
         squares += _squares(base, merged - base, written.astype(np.float32, copy=False) - merged)
         yield written
     error.elements = weight.size
     error.base, error.update, error.rounding = map(math.sqrt, squares)
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers to compare: bfloat16's own comparison takes ten times as long as that of its bits."""
+    return np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
 def _squares(*arrays: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ import references
 import tiny
 import tolerances
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import mens_core
 from mens_core.artifacts.adapter import write_adapter
@@ -55,6 +55,23 @@ def test_peft_opens_the_adapter_and_gives_the_same_logits(backend, written, fami
     with torch.no_grad():
         expected = references.logits_of(model, BATCH).numpy()
     assert np.abs(backend.forward(session, BATCH) - expected).max() <= tolerances.LOGITS
+
+
+def test_an_adapter_of_pefts_with_ranks_of_their_own_gives_its_logits(
+    backend, session_of, folders, tmp_path
+):
+    torch.manual_seed(0)
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 7}}
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **patterns)
+    model = get_peft_model(references.open_model(folders["llama"]), config).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = references.logits_of(model, BATCH).numpy()
+    tensors, rank, scale = open_adapter(tmp_path).stacked()
+    session = session_of("llama", rank=rank, alpha=scale * rank)
+    found = backend.forward(backend.restore(session, TrainingState(adapter=tensors, optimizer={}, step=0)), BATCH)
+    # These updates are as large as the weights, and so are the logits' roundings.
+    assert np.abs(found - expected).max() <= tolerances.LOGITS * np.abs(expected).max()
 
 
 def test_merged_matches_lora_full_forward(backend, written, family, tmp_path):

@@ -86,4 +86,6 @@ def mens_merge(
     weight: NDArray[np.float32], lora_a: NDArray[np.float32], lora_b: NDArray[np.float32], scale: float
 ) -> NDArray[np.float32]:
     """See ``mens_core.hookspecs.mens_merge``."""
-    return lora.merge(torch.tensor(weight), torch.tensor(lora_a), torch.tensor(lora_b), scale).numpy()
+    # Shared, not copied, unless it is read-only, which torch does not know.
+    base, a, b = (torch.from_numpy(np.require(array, requirements="W")) for array in (weight, lora_a, lora_b))
+    return lora.merge(base, a, b, scale).numpy()
