@@ -1,5 +1,5 @@
 # Seven verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo bench bench-plans bench-data
+.PHONY: install check test demo bench bench-plans bench-data bench-merge
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,9 @@ bench-plans: $(VENV)/.dev    ## what a plan says against what a run takes, twent
 
 bench-data: $(VENV)/.bench   ## rows to batches, against the tokenizer alone and against datasets, five minutes
 	$(BIN)/python benchmarks/data_pipeline.py
+
+bench-merge: $(VENV)/.dev     ## a merge against PEFT's and against a copy of the file, two minutes
+	$(BIN)/python benchmarks/merge.py
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

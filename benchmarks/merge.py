@@ -7,7 +7,7 @@
 Each in a process of its own, on one core, in turns; wall-clock seconds of the work without the imports, and the peak of
 resident memory above what the imports took. The merged tensors are compared bit by bit first.
 
-    python benchmarks/merge.py
+    make bench-merge
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mens_core.corpus.pairs import write_pairs
     from mens_core.doctor import examine
     from mens_core.errors import MensError
+    from mens_core.evaluation import evaluate_model
     from mens_core.exchange import (
         Batch,
         BatchShape,
@@ -58,6 +59,7 @@ _HOMES = {
     "StepMetrics": "exchange",
     "TrainingState": "exchange",
     "Workload": "plan",
+    "evaluate_model": "evaluation",
     "examine": "doctor",
     "generate": "generation",
     "hookimpl": "hookspecs",
@@ -90,6 +92,7 @@ __all__ = [
     "StepMetrics",
     "TrainingState",
     "Workload",
+    "evaluate_model",
     "examine",
     "generate",
     "hookimpl",

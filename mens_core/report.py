@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TrainingView",
     "complain",
+    "evaluation_text",
     "lengths_lines",
     "merge_text",
     "run_summary",
@@ -224,8 +225,29 @@ def merge_text(output: Path, merged: Mapping[str, Any]) -> str:
     ]
     if merged["head_untied"]:
         lines.append("head           now a tensor of its own: config.json says tie_word_embeddings false")
+    fidelity = merged.get("fidelity")
+    if fidelity and "not_measured" in fidelity:
+        lines.append(f"fidelity       not measured: {fidelity['not_measured']}")
+    elif fidelity:
+        lines += [
+            f"logits         {fidelity['max_logit_difference']:.2e} from base + adapter at most, on held-out rows",
+            f"predictions    {fidelity['mean_divergence']:.2e} nats apart, {fidelity['top1_agreement']:.2%} the same",
+            f"held-out loss  {fidelity['loss_adapted']:.4f} with the adapter, {fidelity['loss_merged']:.4f} merged",
+        ]
     lines += [f"note           {note}" for note in merged["notes"]]
     return "\n".join([*lines, f"model          {output}"])
+
+
+def evaluation_text(found: Mapping[str, Any]) -> str:
+    """How well a model says what it should."""
+    model = found["model"] + (f" with {found['adapter']}" if found["adapter"] else "")
+    return "\n".join(
+        [
+            f"loss           {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.4g}",
+            f"rows           {found['rows']:,}; {found['supervised_tokens']:,} of {found['tokens']:,} tokens count",
+            f"model          {model}, computed by {found['execution_kernel']}",
+        ]
+    )
 
 
 class TrainingView:

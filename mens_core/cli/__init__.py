@@ -25,6 +25,7 @@ VERBS = {
     "merge-qlora": "make one model of a base and its QLoRA adapter",
     "merge-weights": "make one model of a base and its LoRA adapter",
     "merge-adapter": "make one model of a base and any adapter, or several",
+    "eval": "measure the loss of a model, with or without its adapter, on rows",
     "generate": "answer a prompt with a base and, if given, its adapter",
     "corpus": "make, mix and examine the rows to train on",
     "data": "show the rows as training sees them",

@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-changed-anyway", action="store_true", help="merge although the base is not the one trained on"
     )
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="FILE",
+        help="rows on which the model is compared with base and adapter (default: those of the run, if they are there)",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -75,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_shard_bytes=_bytes(arguments.max_shard_size),
         backend=arguments.backend,
         base_changed_anyway=arguments.base_changed_anyway,
+        held_out=arguments.held_out,
     )
     report.say(json.dumps(done, indent=2) if arguments.json else report.merge_text(arguments.output, done))
     return 0

@@ -33,7 +33,7 @@ def find_model(model: str | None, revision: str | None, *, weights: bool = True)
     """Bring a model to a folder on disk.
 
     Args:
-        model: a folder, a hub id ``owner/name``, or None for the bundled lab base.
+        model: a folder, a hub id ``owner/name``, or None or ``lab-base`` for the bundled lab base.
         revision: commit, tag or branch of a hub id.
         weights: whether the weights of a hub id are downloaded too.
 
@@ -43,6 +43,8 @@ def find_model(model: str | None, revision: str | None, *, weights: bool = True)
     Raises:
         ModelError: if the folder does not exist, the repository cannot be had, or what is given a revision has none.
     """
+    if model == LAB_BASE and not Path(model).exists():
+        model = None
     folder = Path(model).expanduser() if model is not None else None
     if revision is not None and (folder is None or folder.is_dir()):
         raise ModelError(f"revision {revision!r} is given, but only a hub id has revisions", where=model or LAB_BASE)

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from mens_core.artifacts.adapters import open_adapter
+from mens_core.artifacts.files import write_json
 from mens_core.artifacts.lora import LoraAdapter, combined
-from mens_core.errors import ContractError, ModelError, PluginError
+from mens_core.errors import ContractError, GateError, ModelError, PluginError
 from mens_core.exchange import NF4Spec
 from mens_core.hf.hub import find_model
 from mens_core.hf.inventory import read_inventory, read_shards
 from mens_core.hf.layout import Layout, read_layout
+from mens_core.inference import open_model
 from mens_core.merging.binding import bind, check_base
-from mens_core.merging.job import Job, Wanted
+from mens_core.merging.fidelity import compare
+from mens_core.merging.job import REPORT, Job, Wanted
 from mens_core.plugins import installed_backends, load_backend
 
 __all__ = ["merge"]
@@ -37,6 +40,7 @@ def merge(
     max_shard_bytes: int = 5 * 10**9,
     backend: str | None = None,
     base_changed_anyway: bool = False,
+    held_out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write base + Σ weight · s · B A as a model that needs no adapter.
 
@@ -53,6 +57,7 @@ def merge(
         max_shard_bytes: largest weight file.
         backend: whose ``mens_merge`` computes; None for the first that is installed.
         base_changed_anyway: whether a base with other weights than those of the training is taken.
+        held_out: rows on which the model is compared with base and adapter; None for those that a run was measured on.
 
     Returns:
         The report, which also lies in the folder as ``merge_report.json``.
@@ -78,7 +83,21 @@ def merge(
     )
     job = Job(wanted, inventory, layout, binding, [note for note in notes if note])
     report = job.write_subset() if subset else job.write_folder()
-    return report | {"seconds": round(time.perf_counter() - started, 3)}
+    report["seconds"] = round(time.perf_counter() - started, 3)
+    rows = Path(held_out) if held_out else opened[0][0].held_out
+    if rows is not None and folder is not None and not subset:
+        report["fidelity"] = _fidelity(combined(opened), folder, Path(output), rows, wanted.backend.name)
+        write_json(Path(output) / REPORT, report)
+    return report
+
+
+def _fidelity(adapter: LoraAdapter, base: Path, output: Path, rows: Path, backend: str) -> dict[str, Any]:
+    """The model beside base and adapter; a machine on which they cannot be opened says why."""
+    try:
+        adapted = open_model(str(base), adapter, backend=backend)
+        return compare(adapted, open_model(str(output), None, backend=backend), rows)
+    except GateError as error:
+        return {"not_measured": error.what}
 
 
 def _check(opened: Sequence[tuple[LoraAdapter, float]], method: str | None, dtype: str | None) -> None:

@@ -57,9 +57,7 @@ def test_peft_opens_the_adapter_and_gives_the_same_logits(backend, written, fami
     assert np.abs(backend.forward(session, BATCH) - expected).max() <= tolerances.LOGITS
 
 
-def test_an_adapter_of_pefts_with_ranks_of_their_own_gives_its_logits(
-    backend, session_of, folders, tmp_path
-):
+def test_an_adapter_of_pefts_with_ranks_of_their_own_gives_its_logits(backend, session_of, folders, tmp_path):
     torch.manual_seed(0)
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 7}}
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, **patterns)

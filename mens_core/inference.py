@@ -1,0 +1,100 @@
+"""A base, or a base with its adapter, opened to answer and to be measured; nothing is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from mens_core.artifacts.files import sha256_file
+from mens_core.artifacts.lora import LoraAdapter
+from mens_core.artifacts.rundir import MANIFEST
+from mens_core.backend import Backend
+from mens_core.contract import FineTuneContract
+from mens_core.errors import DataError, ModelError
+from mens_core.exchange import BatchShape, TrainingState
+from mens_core.gates import refuse_failed
+from mens_core.plan import ExecutionPlan
+from mens_core.planner import resolve
+from mens_core.text.encode import Encoder, open_encoder
+from mens_core.text.tokens import TokenRows
+from mens_core.training.data import load_rows
+
+__all__ = ["OpenModel", "open_model"]
+
+_DECIDED_BY_A_RUN = ("model", "revision", "tokenizer", "tokenizer_json", "method", "block_size", "double_quant")
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class OpenModel:
+    """What is needed to use a model.
+
+    Attributes:
+        plan: of its use.
+        backend: which computes.
+        encoder: of its tokenizer and template.
+        adapter: that it is opened with, or None.
+    """
+
+    plan: ExecutionPlan
+    backend: Backend
+    encoder: Encoder
+    adapter: LoraAdapter | None
+
+    def session(self, shape: BatchShape) -> Any:
+        """A session for batches up to a shape, with the adapter in it.
+
+        Raises:
+            ModelError: as ``mens_open`` and ``mens_restore`` do.
+        """
+        session = self.backend.open(self.plan, shape)
+        if self.adapter is None:
+            return session
+        return self.backend.restore(session, TrainingState(adapter=self.adapter.stacked()[0], optimizer={}, step=0))
+
+    def rows(self, path: Path) -> TokenRows:
+        """The rows of a file, as training would read them.
+
+        Raises:
+            DataError: if there is no such file, or as ``load_rows`` does.
+        """
+        if not path.is_file():
+            raise DataError("there is no such file of rows", where=path)
+        return load_rows(path, sha256_file(path), self.plan.contract, self.encoder).rows
+
+
+def open_model(model: str | None, adapter: LoraAdapter | None, **fields: Any) -> OpenModel:
+    """Choose a backend for a model and read its tokenizer; weights are read by ``session``.
+
+    Args:
+        model: folder or hub id of the base; None for the one the adapter was trained on, or the lab base.
+        adapter: to open it with.
+        **fields: further fields of the contract, such as ``backend`` or ``device``.
+
+    Raises:
+        MensError: if base, adapter or backend cannot be used.
+    """
+    given = {"model": model, **fields} if model is not None else fields
+    contract = FineTuneContract.from_fields(trains=False, **((_adapter_fields(adapter) if adapter else {}) | given))
+    plan, backend = resolve(contract, trains=False)
+    refuse_failed(plan.preflight, "preflight refuses the base")
+    encoder = open_encoder(plan.tokenizer, plan.tokenizer_file, plan.model_dir, plan.layout)
+    return OpenModel(plan=plan, backend=backend, encoder=encoder, adapter=adapter)
+
+
+def _adapter_fields(adapter: LoraAdapter) -> dict[str, Any]:
+    """The contract fields that an adapter's own files decide: a run's manifest, else PEFT's configuration."""
+    folder = adapter.source if adapter.source.is_dir() else adapter.source.parent
+    record = folder / MANIFEST
+    asked = {}
+    if record.is_file():
+        try:
+            contract = json.loads(record.read_text(encoding="utf-8"))["plan"]["contract"]
+            asked = {name: contract[name] for name in _DECIDED_BY_A_RUN}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"the run's manifest cannot be read: {error!r}", where=record) from error
+    _, rank, scale = adapter.stacked()
+    shape = {"rank": rank, "alpha": scale * rank, "rslora": False, "targets": adapter.modules}
+    return {"model": adapter.base_model, **asked, **shape}
