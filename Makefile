@@ -1,5 +1,5 @@
-# Seven verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo bench bench-plans bench-data
+# Eight verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
+.PHONY: install check test demo bench bench-plans bench-data bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,9 @@ bench-plans: $(VENV)/.dev    ## what a plan says against what a run takes, twent
 
 bench-data: $(VENV)/.bench   ## rows to batches, against the tokenizer alone and against datasets, five minutes
 	$(BIN)/python benchmarks/data_pipeline.py
+
+bench-nf4: $(VENV)/.dev      ## NF4 against bitsandbytes and against memory itself, three minutes
+	$(BIN)/python benchmarks/nf4.py
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -164,7 +164,7 @@ def _store_blocks(
     """Fill ``codes`` and ``absmax``; False as soon as a block is not finite.
 
     ``bits`` and ``peaks`` are ``values`` and ``absmax`` seen as integers. Each loop over a block is one that LLVM turns
-    into vector instructions; that is why fifteen passes compare a block that lies in the cache with one middle each.
+    into vector instructions; that is why three passes over a block in the cache compare it with five middles each.
     """
     scaled, found = np.empty(block_size, np.float32), np.empty(block_size, np.uint8)
     for block in range(absmax.size):
@@ -191,10 +191,18 @@ def _store_blocks(
             size += size % 2
         found[:] = lowest
         # A value on the middle between two codes takes the lower one.
-        for place in range(middles.size):
-            middle, step = middles[place], steps[place]
+        for k in range(0, 15, 5):
+            a, b, c, d, e = middles[k], middles[k + 1], middles[k + 2], middles[k + 3], middles[k + 4]
+            p, q, r, s, t = steps[k], steps[k + 1], steps[k + 2], steps[k + 3], steps[k + 4]
             for i in range(size):
-                found[i] += step if scaled[i] > middle else _NONE
+                v = scaled[i]
+                found[i] += (
+                    (p if v > a else _NONE)
+                    + (q if v > b else _NONE)
+                    + (r if v > c else _NONE)
+                    + (s if v > d else _NONE)
+                    + (t if v > e else _NONE)
+                )
         for i in range(size // 2):
             codes[start // 2 + i] = (found[2 * i] << 4) | found[2 * i + 1]
     return True
