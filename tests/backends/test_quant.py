@@ -130,6 +130,24 @@ def test_large_weights_are_stored_alike_by_any_number_of_threads(shape, threads)
     _check_bytes(nf4.quantize(weight, tiny.nf4_spec(), threads), weight, tiny.nf4_spec())
 
 
+def test_where_no_folder_can_be_written_the_loop_is_compiled_without_one(monkeypatch):
+    import numba
+
+    asked, compile_ = [], numba.njit
+
+    def refuse(*functions, **options):
+        asked.append(options)
+        if options.get("cache"):
+            raise RuntimeError("no locator available")
+        return compile_(*functions, **options)
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    monkeypatch.setattr(nf4, "_compiled", nf4._compiled.__wrapped__)
+    weight = np.random.default_rng(0).standard_normal((3, 70), np.float32)
+    _check_bytes(nf4.quantize(weight, tiny.nf4_spec(), 1), weight, tiny.nf4_spec())
+    assert [options.get("cache") for options in asked][:2] == [True, None]
+
+
 @given(count=st.integers(1, 3_000_000), seed=st.integers(0, 1000))
 def test_the_mean_of_the_scales_is_torch_s_own_on_one_thread(count, seed):
     from mens_core.nf4_scales import _sum
