@@ -1,5 +1,5 @@
-# Seven verbs. Each creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo bench bench-plans bench-data bench-merge
+# Each verb creates .venv and installs what it needs; nothing outside this folder is touched.
+.PHONY: install check test demo bench bench-plans bench-data bench-merge bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,6 +30,9 @@ bench-data: $(VENV)/.bench   ## rows to batches, against the tokenizer alone and
 
 bench-merge: $(VENV)/.dev     ## a merge against PEFT's and against a copy of the file, two minutes
 	$(BIN)/python benchmarks/merge.py
+
+bench-nf4: $(VENV)/.dev      ## NF4 against bitsandbytes and against memory itself, three minutes
+	$(BIN)/python benchmarks/nf4.py
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -12,7 +12,6 @@ agree to 1e-4 or nothing is printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -66,7 +65,6 @@ def _write_model(folder: Path, layers: int) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(json.dumps({}))
     return folder
 
 
@@ -80,7 +78,14 @@ def _rows(vocabulary: int) -> list[TokenRow]:
 
 def _our_step(model_dir: Path, rows: list[TokenRow], kernel: str, dtype: str) -> Step:
     contract = FineTuneContract.from_fields(
-        trains=False, model=str(model_dir), backend=kernel, dtype=dtype, rank=RANK, alpha=2.0 * RANK, device="cpu"
+        trains=False,
+        model=str(model_dir),
+        tokenizer="lab",
+        backend=kernel,
+        dtype=dtype,
+        rank=RANK,
+        alpha=2.0 * RANK,
+        device="cpu",
     )
     plan, backend = resolve(contract, trains=False)
     session = backend.open(plan, Batching(batch_size=len(rows), grad_accum=1, seed=0).shape(TokenRows.of(rows), 1))

@@ -183,7 +183,7 @@ def _refusal(question: Question, answers: Sequence[_Answer]) -> GateError:
 
 def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> GateError:
     parts = ", ".join(f"{name} {written_size(size)}" for name, size in offer.memory.items() if size)
-    ways = list(itertools.islice(_ways_to_fit(question, backend), _WAYS_SHOWN))
+    ways = list(itertools.islice(_ways_to_fit(question, backend, offer), _WAYS_SHOWN))
     listing = "".join(f"\n      {flags}  ({written_size(peak)})" for flags, peak in ways)
     return GateError(
         f"the run does not fit the memory:\n  - [fits_memory] {offer.kernel} {_too_much(question, offer)}",
@@ -193,12 +193,18 @@ def _does_not_fit(question: Question, backend: Backend, offer: KernelOffer) -> G
     )
 
 
-def _ways_to_fit(question: Question, backend: Backend) -> Iterator[tuple[str, int]]:
+def _ways_to_fit(question: Question, backend: Backend, offer: KernelOffer) -> Iterator[tuple[str, int]]:
     """Changes that make the run fit, the fewest and least intrusive first: (flags, bytes it then needs).
 
-    A way that only adds to another one is left out.
+    A way that only adds to another one is left out, and so is a change that saves nothing: NF4 brings libraries that
+    take more than it saves of a small base.
     """
-    changes = _changes(question.contract, backend.name)
+    changes = {
+        flags: fields
+        for flags, fields in _changes(question.contract, backend.name).items()
+        if (changed := _changed_offer(question, backend, fields))
+        and (changed.peak_bytes or 0) < (offer.peak_bytes or 0)
+    }
     everything = {name: value for fields in changes.values() for name, value in fields.items()}
     if _peak_if_it_fits(question, backend, everything) is None:
         return
@@ -215,11 +221,17 @@ def _ways_to_fit(question: Question, backend: Backend) -> Iterator[tuple[str, in
 
 
 def _peak_if_it_fits(question: Question, backend: Backend, fields: Mapping[str, object]) -> int | None:
+    offer = _changed_offer(question, backend, fields)
+    return offer.peak_bytes if offer and _too_much(question, offer) is None else None
+
+
+def _changed_offer(question: Question, backend: Backend, fields: Mapping[str, object]) -> KernelOffer | None:
+    """What the backend offers after a change; None if it offers nothing."""
     try:
         offer = question.ask(backend, question.contract.changed("advice", **fields))
     except DataError:  # rows so short that nothing of them is left to train on are no way to fit
         return None
-    return offer.peak_bytes if offer.feasible and _too_much(question, offer) is None else None
+    return offer if offer.feasible else None
 
 
 def _changes(contract: FineTuneContract, backend: str) -> dict[str, dict[str, object]]:

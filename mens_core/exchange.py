@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, SupportsFloat
 
 import attrs
 
+from mens_core.errors import ContractError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -117,12 +119,31 @@ class NF4Spec:
     """4-bit NormalFloat storage (Dettmers et al. 2023, section 3), as bitsandbytes stores it.
 
     Attributes:
-        block_size: weights that share one absmax.
+        block_size: weights that share one absmax; even. bitsandbytes has the powers of two from 32 to 4096.
         double_quant: whether the absmax values, less their mean, are stored in 8 bits, in blocks of 256.
+        codebook: the values of the 16 codes: ``nf4``, or ``fp4``, bitsandbytes' 4-bit floats.
+
+    Raises:
+        ContractError: if there is no such codebook, or a block does not hold whole bytes.
     """
 
-    block_size: int = 64
+    block_size: int = attrs.field(default=64)
     double_quant: bool = True
+    codebook: str = attrs.field(default="nf4")
+
+    @block_size.validator
+    def _whole_bytes(self, _: object, block_size: int) -> None:
+        if block_size <= 0 or block_size % 2:
+            raise ContractError(
+                f"a block of {block_size} weights in 4 bits holds no whole number of bytes",
+                where="block_size",
+                expected="an even number, as a rule a power of two from 32 to 4096",
+            )
+
+    @codebook.validator
+    def _known(self, _: object, codebook: str) -> None:
+        if codebook not in {"nf4", "fp4"}:
+            raise ContractError(f"there is no codebook {codebook!r}", where="codebook", expected="nf4 or fp4")
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from mens_core.exchange import GenerateSettings
+from mens_core.exchange import GenerateSettings, NF4Spec
 from mens_core.plugins import load_backend
 
 COMMON = tiny.CONFIGS["qwen2"] | {"intermediate_size": 64}  # experts are multiplied in groups, in whole 16 bytes
@@ -273,3 +273,56 @@ def test_the_hand_made_backward_passes_are_those_of_autograd():
     expected = torch.autograd.grad(functional.cross_entropy(plain @ head.T, targets, reduction="sum"), leaves)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("codebook", ["nf4", "fp4"])
+def test_bitsandbytes_kernel_is_taken_and_gives_what_its_look_up_does(codebook, dtype, threads):
+    from mens_torch import _bitsandbytes
+
+    assert _bitsandbytes._kernel(codebook, dtype) is not None
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for block_size, numel in ((16, 33), (64, 640), (64, 6401), (2048, 5000), (4096, 4096), (8, 100), (24, 97)):
+            spec = NF4Spec(block_size=block_size, codebook=codebook)
+            codes = torch.randint(256, (-(-numel // 2),), generator=generator, dtype=torch.uint8)
+            absmax = torch.rand(-(-numel // block_size), generator=generator)
+            found, expected = torch.full((2, numel + 1), 7.0, dtype=dtype)
+            _bitsandbytes.write_dense(codes, absmax, spec, found[:numel])
+            _bitsandbytes._look_up(codes, absmax, expected[:numel], spec)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fault", ["absent", "wrong"])
+def test_a_kernel_that_is_absent_or_wrong_is_not_taken(monkeypatch, fault):
+    from mens_torch import _bitsandbytes
+
+    class Library:
+        def __getattr__(self, name):
+            def call(*_):
+                if fault == "absent":
+                    raise RuntimeError(name)
+
+            return call
+
+    monkeypatch.setattr(_bitsandbytes.library(), "lib", Library())
+    assert _bitsandbytes._kernel.__wrapped__("nf4", torch.float32) is None
+
+
+def test_weights_brought_back_one_after_the_other_share_their_memory():
+    from mens_torch._scratch import scratch
+    from mens_torch.lora import _dense
+    from mens_torch.quant import dequantize, quantize
+
+    generator = torch.Generator().manual_seed(0)
+    stored = [quantize(torch.randn(8, 64, generator=generator), NF4Spec()) for _ in range(2)]
+    first, second = (_dense(weight, torch.float32).clone() for weight in stored)
+    for weight, found in zip(stored, (first, second), strict=True):
+        torch.testing.assert_close(found, dequantize(weight, torch.float32), rtol=0, atol=0)
+    assert _dense(stored[0], torch.float32).data_ptr() == _dense(stored[1], torch.float32).data_ptr()
+    assert scratch(8 * 64, torch.float32).data_ptr() == _dense(stored[0], torch.float32).data_ptr()

@@ -19,6 +19,7 @@ Only x and x Aᵀ are kept for the backward pass; an NF4 weight is brought back 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from mens_core.errors import ContractError, ModelError
+from mens_torch._scratch import scratch
 from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight, dequantize
 
@@ -130,7 +132,12 @@ def select_targets(paths: Sequence[str], targets: tuple[str, ...]) -> tuple[str,
 
 
 def _dense(weight: Array | NF4Weight, dtype: torch.dtype) -> Array:
-    return dequantize(weight, dtype) if isinstance(weight, NF4Weight) else weight
+    """(out, in), for one product: on a CPU an NF4 weight lies in memory that the next one takes over."""
+    if not isinstance(weight, NF4Weight):
+        return weight
+    if weight.codes.device.type != "cpu":
+        return dequantize(weight, dtype)
+    return weight.write(scratch(math.prod(weight.shape), dtype))
 
 
 class _LoraProduct(torch.autograd.Function):

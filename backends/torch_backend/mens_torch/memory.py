@@ -28,9 +28,9 @@ from mens_core.plan import BaseWeights, Workload
 __all__ = ["memory_parts"]
 
 _MIB = 1 << 20
-# Of a process that has loaded PyTorch 2.13, transformers 5.23 and one model's code, and for qlora bitsandbytes 0.50;
-# the same to 3 MiB over the models tried.
-_FRAMEWORK = {"lora": 400 * _MIB, "qlora": 447 * _MIB}
+# Of a process that has loaded PyTorch 2.13, transformers 5.23 and one model's code, and for qlora bitsandbytes 0.50
+# and numba 0.68 with what it compiles; for lora the same to 3 MiB over the models tried.
+_FRAMEWORK = {"lora": 400 * _MIB, "qlora": 540 * _MIB}
 # A CUDA context with cuBLAS' workspace, as NVIDIA's tools commonly show it; not measured here.
 _CUDA_FRAMEWORK = 600 * _MIB
 # The chunk of ``loss.supervised_loss`` and the rows of it that pass the softmax together on a CPU.
@@ -40,8 +40,6 @@ _HOLES, _SHORT_LIVED = {True: 0.10, False: 0.33}, {True: 3, False: 6}
 _SCRATCH = 16 * _MIB
 # Of the widest input that is dropped: its mask, and what is multiplied with it. Nothing of it is kept.
 _MASKED = 2
-# Layers' dense weights in short-lived memory: NF4 brought back, and what making it left on the heap.
-_BROUGHT_BACK = 4
 
 
 def memory_parts(
@@ -61,9 +59,9 @@ def memory_parts(
     width = 4 if dtype == "float32" else 2
     kept = tokens * _kept(contract, layout, weights, dtype)
     short = _SHORT_LIVED[layout.family == "gpt2"] * tokens * layout.intermediate_size * width
-    linear = sum(out * into for out, into in weights.linears.values())
     if contract.adapter.method == "qlora":
-        short += _BROUGHT_BACK * width * linear // layout.num_layers
+        # The memory that every NF4 weight is brought back into (``_scratch``).
+        short += width * max((out * into for out, into in weights.linears.values()), default=0)
     if on_cpu:
         short += int(_HOLES[layout.family == "gpt2"] * kept) + _SCRATCH
     if contract.adapter.dropout:

@@ -9,22 +9,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from functools import cache
-from typing import Any
 
 import attrs
+import ml_dtypes
 import torch
 from torch import Tensor as Array
 
-from mens_core.errors import ModelError
+from mens_core import nf4
 from mens_core.exchange import NF4Spec, QuantizedWeight
+from mens_core.nf4_scales import NESTED_BLOCK
+from mens_torch._bitsandbytes import dynamic_map, library, write_dense
 
 __all__ = ["NF4Weight", "dequantize", "export_weight", "import_weight", "quantize"]
-
-# Fixed by bitsandbytes: scales that are quantised themselves share a scale in groups of this many.
-_NESTED_BLOCK = 256
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -47,35 +44,39 @@ class NF4Weight:
     shape: tuple[int, ...]
     spec: NF4Spec
 
+    def write(self, out: Array) -> Array:
+        """Bring a weight on the CPU back into memory that is there, as ``dequantize`` does into new memory.
+
+        Args:
+            out: (numel,), contiguous, of any float format; overwritten.
+
+        Returns:
+            ``out`` as (out, in).
+        """
+        write_dense(self.codes, _scales(self), self.spec, out)
+        return out.view(self.shape)
+
 
 def quantize(weight: Array, spec: NF4Spec) -> NF4Weight:
     """Store a weight in NF4, byte for byte as ``bitsandbytes.functional.quantize_4bit``.
 
+    On a CPU ``mens_core.nf4`` stores it, and the weight is not copied if it is contiguous; elsewhere bitsandbytes does.
+
     Args:
         weight: (out, in), any float format; quantised from its float32 value.
-        spec: block size and whether the scales are quantised too.
+        spec: codebook, block size, and whether the scales are quantised too.
 
     Raises:
         ModelError: if a value is not finite.
     """
-    values = weight.detach().to(torch.float32).contiguous()
-    if not bool(torch.isfinite(values).all()):
-        raise ModelError(
-            "a weight that is not finite cannot be stored in NF4",
-            where=f"weight of shape {tuple(weight.shape)}",
-            expected="finite numbers only",
-        )
-    codes, state = _bitsandbytes().quantize_4bit(
-        values, blocksize=spec.block_size, compress_statistics=spec.double_quant, quant_type="nf4"
-    )
-    return NF4Weight(
-        codes=codes.reshape(-1),
-        absmax=state.absmax,
-        nested_absmax=state.state2.absmax if state.nested else None,
-        offset=state.offset if state.nested else None,
-        shape=tuple(weight.shape),
-        spec=spec,
-    )
+    values = weight.detach().contiguous()
+    if values.device.type != "cpu":
+        return _quantize_on_device(values, spec)
+    if values.dtype == torch.bfloat16:
+        array = values.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    else:
+        array = values.numpy()
+    return import_weight(nf4.quantize(array, spec, torch.get_num_threads()), "cpu")
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Array:
@@ -84,30 +85,9 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Array:
     Returns:
         (out, in), contiguous, newly allocated.
     """
-    library = _bitsandbytes()
-    absmax = weight.absmax
-    if weight.nested_absmax is not None and weight.offset is not None:
-        nested = library.QuantState(
-            absmax=weight.nested_absmax,
-            code=_dynamic_map(str(absmax.device)),
-            blocksize=_NESTED_BLOCK,
-            dtype=torch.float32,
-        )
-        absmax = library.dequantize_blockwise(absmax, nested) + weight.offset
-    # bitsandbytes' AVX-512 kernel is inexact from this block size on; its own replacement is compiled on first use.
-    if weight.codes.device.type == "cpu" and weight.spec.block_size >= 2048:
-        flat = _looked_up(weight, absmax).to(dtype)
-    else:
-        # Odd widths have no kernel on the CPU, but as one long row of whole bytes every weight is even.
-        whole = library.QuantState(
-            absmax=absmax,
-            shape=torch.Size((1, 2 * weight.codes.numel())),
-            blocksize=weight.spec.block_size,
-            quant_type="nf4",
-            dtype=dtype,
-        )
-        flat = library.dequantize_4bit(weight.codes[:, None], whole).reshape(-1)
-    return flat[: math.prod(weight.shape)].view(weight.shape)
+    if weight.codes.device.type != "cpu":
+        return _dequantize_on_device(weight, dtype)
+    return weight.write(torch.empty(math.prod(weight.shape), dtype=dtype))
 
 
 def export_weight(weight: NF4Weight) -> QuantizedWeight:
@@ -136,33 +116,45 @@ def import_weight(record: QuantizedWeight, device: str) -> NF4Weight:
     )
 
 
-@cache
-def _bitsandbytes() -> Any:
-    # While it is imported it looks for a matrix product for AVX-512 in a package that is rarely there, and warns.
-    # We multiply by the dequantised weight and use no product of its own.
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        # Imported on use: it loads native code, and a plain LoRA run needs none of it.
-        import bitsandbytes.functional  # noqa: PLC0415
-    finally:
-        logger.setLevel(level)
-    return bitsandbytes.functional
+def _scales(weight: NF4Weight) -> Array:
+    """(blocks,) float32: the absmax of each block, itself brought back if it is quantised."""
+    if weight.nested_absmax is None or weight.offset is None:
+        return weight.absmax
+    nested = library().QuantState(
+        absmax=weight.nested_absmax,
+        code=dynamic_map(str(weight.absmax.device)),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    scales: Array = library().dequantize_blockwise(weight.absmax, nested)
+    return scales.add_(weight.offset)
 
 
-@cache
-def _dynamic_map(device: str) -> Array:
-    values: Array = _bitsandbytes().create_dynamic_map()
-    return values.to(device)
+def _quantize_on_device(values: Array, spec: NF4Spec) -> NF4Weight:
+    values = values.to(torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise nf4.not_finite(tuple(values.shape))
+    codes, state = library().quantize_4bit(
+        values, blocksize=spec.block_size, compress_statistics=spec.double_quant, quant_type=spec.codebook
+    )
+    return NF4Weight(
+        codes=codes.reshape(-1),
+        absmax=state.absmax,
+        nested_absmax=state.state2.absmax if state.nested else None,
+        offset=state.offset if state.nested else None,
+        shape=tuple(values.shape),
+        spec=spec,
+    )
 
 
-def _looked_up(weight: NF4Weight, absmax: Array) -> Array:
-    """(2 · bytes,) float32: both values of each byte out of a table of 256 pairs, times their block's absmax."""
-    values = _bitsandbytes().get_4bit_type("nf4", device="cpu")
-    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
-    found = torch.nn.functional.embedding(weight.codes.int(), pairs).reshape(-1)
-    whole = found.numel() // weight.spec.block_size * weight.spec.block_size
-    found[:whole].view(-1, weight.spec.block_size).mul_(absmax[: whole // weight.spec.block_size, None])
-    found[whole:].mul_(absmax[-1])
-    return found
+def _dequantize_on_device(weight: NF4Weight, dtype: torch.dtype) -> Array:
+    # As one long row of whole bytes every weight has an even width.
+    whole = library().QuantState(
+        absmax=_scales(weight),
+        shape=torch.Size((1, 2 * weight.codes.numel())),
+        blocksize=weight.spec.block_size,
+        quant_type=weight.spec.codebook,
+        dtype=dtype,
+    )
+    flat: Array = library().dequantize_4bit(weight.codes[:, None], whole).reshape(-1)
+    return flat[: math.prod(weight.shape)].view(weight.shape)
