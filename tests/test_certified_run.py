@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import shutil
 
+import attrs
 import pytest
 
-from mens_core import Planner, planner
+from mens_core import Planner, certify, planner
 from mens_core.contract import FineTuneContract
-from mens_core.errors import GateError
-from mens_core.parity import subjects
+from mens_core.errors import ContractError, GateError, PluginError
+from mens_core.parity import kernels, subjects
+from mens_core.parity.kernels import Subject, compare_kernels
 from mens_core.planner import plan_in_float32, resolve
 
 SETTINGS = {"max_steps": 1, "rank": 4, "batch_size": 2, "grad_accum": 1, "seq_len": 256, "backend": "torch"}
@@ -69,3 +72,33 @@ def test_a_base_that_is_too_large_is_certified_on_its_familys_tiny_model_and_say
     assert subject.methods == ("lora",)
     assert subject.notes == (f"not on {plan.model_name} itself: too many parameters",)
     assert "targets" not in subject.fields
+
+
+def test_a_backend_that_cannot_take_part_is_left_out_with_the_reason(model_dirs, tmp_path, monkeypatch):
+    found = subjects.installed_backends()
+    without = [attrs.evolve(info, missing=("jax",)) if info.name == "jax" else info for info in found]
+    monkeypatch.setattr(subjects, "installed_backends", lambda: without)
+    names, notes = subjects.able_backends(model_dirs["gpt2"], plan_in_float32)
+    assert names == ("torch",)
+    assert notes == ("jax takes no part: it needs jax",)
+    monkeypatch.undo()
+    config = json.loads((model_dirs["llama"] / "config.json").read_text(encoding="utf-8"))
+    base = shutil.copytree(model_dirs["llama"], tmp_path / "mistral")
+    unknown = {**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(unknown), encoding="utf-8")
+    names, (note,) = subjects.able_backends(base, plan_in_float32)
+    assert names == ("torch",)
+    assert "jax takes no part" in note
+
+
+def test_one_backend_without_the_specification_has_nothing_to_be_held_to(model_dirs, monkeypatch):
+    monkeypatch.setattr(kernels, "obstacle_to_oracle", lambda *_: "too many parameters")
+    subject = Subject(label="a base", folder=model_dirs["gpt2"], backends=("torch",), methods=("lora",))
+    with pytest.raises(PluginError, match="too many parameters"):
+        compare_kernels(subject, plan_in_float32)
+
+
+@pytest.mark.parametrize("asked", [{}, {"families": ["bert"]}, {"model": "x", "families": ["gpt2"]}])
+def test_a_certificate_is_of_a_model_or_of_known_families(asked):
+    with pytest.raises(ContractError, match=r"family|one of the two"):
+        certify(**asked)
