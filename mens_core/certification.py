@@ -37,7 +37,7 @@ def certify(
         The certificate, see ``docs/numerics.md``; ``passed`` is its verdict.
 
     Raises:
-        ContractError: neither a model nor a family is given, or an unknown family.
+        ContractError: neither a model nor a family is given, an unknown family, or a backend twice.
         MensError: the model or a backend cannot be used.
     """
     unknown = sorted(set(families) - set(GRAPHS))
@@ -46,6 +46,8 @@ def certify(
             f"there is no family {unknown[0]!r}" if unknown else "give a model or families, one of the two",
             expected=f"families out of {', '.join(GRAPHS)}",
         )
+    if backends is not None and (not backends or len(set(backends)) != len(backends)):
+        raise ContractError(f"backends are {', '.join(backends) or 'none'}", expected="one or more names, each once")
     parts = []
     for label, folder in _folders(model, families):
         names, notes = (tuple(backends), ()) if backends else able_backends(folder, plan_in_float32)

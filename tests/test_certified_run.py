@@ -98,7 +98,16 @@ def test_one_backend_without_the_specification_has_nothing_to_be_held_to(model_d
         compare_kernels(subject, plan_in_float32)
 
 
-@pytest.mark.parametrize("asked", [{}, {"families": ["bert"]}, {"model": "x", "families": ["gpt2"]}])
-def test_a_certificate_is_of_a_model_or_of_known_families(asked):
-    with pytest.raises(ContractError, match=r"family|one of the two"):
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"families": ["bert"]},
+        {"model": "x", "families": ["gpt2"]},
+        {"families": ["gpt2"], "backends": []},
+        {"families": ["gpt2"], "backends": ["torch", "torch"]},
+    ],
+)
+def test_a_certificate_is_of_a_model_or_of_known_families_by_backends_named_once(asked):
+    with pytest.raises(ContractError, match=r"family|one of the two|backends are"):
         certify(**asked)

@@ -9,15 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.exchange import Batch, TrainingState
-from mens_core.parity.bounds import (
-    ACCUMULATION,
-    ADAMW,
-    CURVE,
-    GRADIENT,
-    LOSS,
-    MOMENTS,
-    TRAJECTORY,
-)
+from mens_core.parity.bounds import ACCUMULATION, ADAMW, CURVE, GRADIENT, LOSS, MOMENTS, TRAJECTORY
 from mens_core.parity.comparison import Comparison, apart, relative_norm, tensors_apart
 from mens_core.parity.material import Material, state_like
 from mens_core.parity.witness import BackendWitness, OracleWitness, Step
@@ -40,7 +32,6 @@ Arrays = Mapping[str, NDArray[Any]]
 
 RATE = 1e-2
 UNBOUNDED = 1e9  # a norm that no gradient reaches
-
 WEIGHT_DECAY = 0.1
 _DIRECTIONS = 4
 _CURVE_STEPS = 12
