@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mens_core.certification import certify
     from mens_core.contract import FineTuneContract
     from mens_core.corpus.mix import mix
     from mens_core.corpus.pairs import write_pairs
@@ -59,6 +60,7 @@ _HOMES = {
     "StepMetrics": "exchange",
     "TrainingState": "exchange",
     "Workload": "plan",
+    "certify": "certification",
     "evaluate_model": "evaluation",
     "examine": "doctor",
     "generate": "generation",
@@ -92,6 +94,7 @@ __all__ = [
     "StepMetrics",
     "TrainingState",
     "Workload",
+    "certify",
     "evaluate_model",
     "examine",
     "generate",

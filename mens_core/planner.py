@@ -20,6 +20,7 @@ from mens_core.contract import LABELS, FineTuneContract
 from mens_core.errors import ContractError
 from mens_core.gates import contract_gates, refuse_failed
 from mens_core.machine import this_machine
+from mens_core.parity.subjects import certify_run, refuse_uncertified
 from mens_core.plan import ExecutionPlan, GateVerdict, KernelOffer, Machine
 from mens_core.plugins import load_backend
 from mens_core.preflight import (
@@ -37,7 +38,7 @@ from mens_core.training.run import RunResult, run_plan
 from mens_core.training.schedule import warmup_for
 from mens_core.training.telemetry import Observer
 
-__all__ = ["Planner", "decide", "resolve"]
+__all__ = ["Planner", "decide", "plan_in_float32", "resolve"]
 
 
 class Planner:
@@ -100,7 +101,11 @@ class Planner:
         """
         plan, backend = resolve(_contract(contract, config, preset, fields))
         refuse_failed(plan.preflight, "preflight refuses the run")
-        return run_plan(plan, backend, observers)
+        certificate = None
+        if plan.contract.compute.certify:
+            certificate = certify_run(plan, plan_in_float32)
+            refuse_uncertified(certificate)
+        return run_plan(plan, backend, observers, certificate)
 
 
 def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[ExecutionPlan, Backend]:
@@ -115,6 +120,21 @@ def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[Executi
     """
     plan = decide(contract, trains=trains, weights=True)
     return plan, load_backend(plan.backend)
+
+
+def plan_in_float32(fields: Mapping[str, Any]) -> tuple[ExecutionPlan, Backend]:
+    """Plan a session for comparing numbers: float32 whatever the device, no rows, no text.
+
+    Args:
+        fields: of the contract; ``model`` and ``backend`` among them.
+
+    Raises:
+        MensError: as ``Planner.plan`` says.
+    """
+    # No text is read, so any tokenizer will do that the gates accept.
+    tokenizer = "auto" if (Path(fields["model"]) / "tokenizer.json").is_file() else "lab"
+    contract = FineTuneContract.from_fields(trains=False, dtype="float32", tokenizer=tokenizer, **fields)
+    return resolve(contract, trains=False)
 
 
 def decide(
