@@ -9,7 +9,7 @@ on given text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,16 @@ def write_random_model(
         write_random_weights(building, arch=arch, size=SIZES[size], vocab_size=tokens, seed=seed)
 
 
-def write_random_weights(folder: Path, *, arch: str, size: Size, vocab_size: int, seed: int = 42) -> None:
+def write_random_weights(
+    folder: Path,
+    *,
+    arch: str,
+    size: Size,
+    vocab_size: int,
+    seed: int = 42,
+    like_trained: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> None:
     """Write config.json and model.safetensors, float32, of a model of any size; for measuring, no tokenizer is needed.
 
     Args:
@@ -90,10 +99,13 @@ def write_random_weights(folder: Path, *, arch: str, size: Size, vocab_size: int
         size: of the model.
         vocab_size: rows of the embedding.
         seed: of the weights.
+        like_trained: whether matrices keep the size of what they multiply, so that logits reach about 10, and
+            biases and norms differ from zero and one. On logits near zero every mistake of a graph is small.
+        config: further or other values of config.json.
     """
-    write_json(folder / "config.json", _config(arch, size, vocab_size))
-    shapes = tensor_shapes(read_layout(folder))
-    tensors = {name: _initial(name, shape, seed) for name, shape in shapes.items()}
+    write_json(folder / "config.json", _config(arch, size, vocab_size) | dict(config or {}))
+    shapes, draw = tensor_shapes(read_layout(folder)), _trained if like_trained else _initial
+    tensors = {name: draw(name, shape, seed) for name, shape in shapes.items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
@@ -102,9 +114,20 @@ def _initial(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32
         return np.zeros(shape, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)
+    return _normal(name, shape, seed) * np.float32(_INITIAL_STD)
+
+
+def _trained(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    normal = _normal(name, shape, seed)
+    if len(shape) == 1:
+        return normal / np.float32(8) + np.float32(not name.endswith(".bias"))
+    embedding = name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight", "lm_head.weight"))
+    return normal * np.float32(0.5 if embedding else shape[-1] ** -0.5)
+
+
+def _normal(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], np.uint64)
-    normal = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, np.float32)
-    return normal * np.float32(_INITIAL_STD)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, np.float32)
 
 
 def _write_tokenizer(folder: Path, text: Sequence[Path], vocab_size: int, positions: int) -> int:

@@ -50,3 +50,11 @@ BFLOAT16_LOSS = 2e-2
 # Single logits in bfloat16 against float32, largest absolute difference, at a logit scale of 12 to 19, where one
 # rounding is 0.06. Observed: torch 0.19, JAX 0.24.
 BFLOAT16_LOGITS = 0.6
+
+# The specification in NumPy against transformers in float64, largest absolute difference of logits up to 20: both
+# are exact to 16 digits. Observed: 1.1e-14 (GPT-2).
+ORACLE = 1e-12
+
+# The same with rotary positions, whose angles transformers computes in float32 whatever the model's format: up to 11
+# radians, rounded to 5e-7, in four products. Observed: 2.7e-6.
+ORACLE_ROTARY = 2e-5

@@ -16,7 +16,7 @@ from typing import Any
 from mens_core.artifacts.files import write_json
 from mens_core.plan import ExecutionPlan
 
-__all__ = ["SCHEMA_VERSION", "Manifest", "utc_now"]
+__all__ = ["SCHEMA_VERSION", "Manifest", "installed_versions", "utc_now"]
 
 SCHEMA_VERSION = 6
 
@@ -85,12 +85,13 @@ def _planned(plan: ExecutionPlan, plugin: str) -> dict[str, Any]:
         "grad_accum": contract.training.grad_accum,
         "training_objective_note": "chatml_assistant_turns_cross_entropy_mean_over_window",
         "plan": plan.as_dict(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": installed_versions(),
     }
 
 
-def _versions() -> dict[str, str]:
-    installed = {}
+def installed_versions() -> dict[str, str]:
+    """Version of the interpreter and of every package that has a say in the numbers, as far as it is installed."""
+    installed = {"python": platform.python_version()}
     for name in _VERSIONS_OF:
         try:
             installed[name] = importlib.metadata.version(name)
