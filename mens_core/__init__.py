@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mens_core.certification import certify
     from mens_core.contract import FineTuneContract
     from mens_core.corpus.mix import mix
     from mens_core.corpus.pairs import write_pairs
@@ -58,6 +59,7 @@ _HOMES = {
     "StepMetrics": "exchange",
     "TrainingState": "exchange",
     "Workload": "plan",
+    "certify": "certification",
     "examine": "doctor",
     "generate": "generation",
     "hookimpl": "hookspecs",
@@ -90,6 +92,7 @@ __all__ = [
     "StepMetrics",
     "TrainingState",
     "Workload",
+    "certify",
     "examine",
     "generate",
     "hookimpl",

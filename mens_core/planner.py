@@ -37,7 +37,7 @@ from mens_core.training.run import RunResult, run_plan
 from mens_core.training.schedule import warmup_for
 from mens_core.training.telemetry import Observer
 
-__all__ = ["Planner", "decide", "resolve"]
+__all__ = ["Planner", "decide", "plan_in_float32", "resolve"]
 
 
 class Planner:
@@ -115,6 +115,21 @@ def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[Executi
     """
     plan = decide(contract, trains=trains, weights=True)
     return plan, load_backend(plan.backend)
+
+
+def plan_in_float32(fields: Mapping[str, Any]) -> tuple[ExecutionPlan, Backend]:
+    """Plan a session for comparing numbers: float32 whatever the device, no rows, no text.
+
+    Args:
+        fields: of the contract; ``model`` and ``backend`` among them.
+
+    Raises:
+        MensError: as ``Planner.plan`` says.
+    """
+    # No text is read, so any tokenizer will do that the gates accept.
+    tokenizer = "auto" if (Path(fields["model"]) / "tokenizer.json").is_file() else "lab"
+    contract = FineTuneContract.from_fields(trains=False, dtype="float32", tokenizer=tokenizer, **fields)
+    return resolve(contract, trains=False)
 
 
 def decide(

@@ -23,6 +23,7 @@ __all__ = [
     "complain",
     "lengths_lines",
     "merge_text",
+    "parity_text",
     "run_summary",
     "say",
     "table",
@@ -78,6 +79,34 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     if len(plan["offers"]) > 1:
         lines += ["", _offers_table(plan["offers"])]
     return "\n".join([*lines, "", table(("not taken", "why"), list(plan["not_taken"].items()))])
+
+
+def parity_text(part: Mapping[str, Any]) -> str:
+    """A certificate's part on one model for people: who took part, every comparison, the verdict."""
+    kernels = [f"{name} on {found['device']} in {found['dtype']}" for name, found in part["kernels"].items()]
+    lines = [f"{part['model']}: {part['model_type']}, {part['parameters']:,} parameters; {', '.join(kernels)}"]
+    lines += [f"note: {note}" for note in part["notes"]]
+    header = ("what", "left", "right", "numbers", "largest error", "mean", "bound", "of", "ulps", "verdict")
+    failed = sum(not found["passed"] for found in part["comparisons"])
+    verdict = f"{failed} do not" if failed else "all hold"
+    rows = [
+        (
+            found["what"],
+            found["left"],
+            found["right"],
+            found["shape"],
+            *(_small(found[key]) for key in ("max_error", "mean_error", "tolerance")),
+            found["unit"],
+            "" if found["ulps"] is None else f"{found['ulps']:.3g}",
+            "holds" if found["passed"] else "FAILS",
+        )
+        for found in part["comparisons"]
+    ]
+    return "\n".join([*lines, table(header, rows), f"{len(rows)} comparisons, {verdict}"])
+
+
+def _small(error: float | None) -> str:
+    return "no number" if error is None else f"{error:.1e}" if error else "0"
 
 
 def lengths_lines(lengths: Mapping[str, Any]) -> list[str]:

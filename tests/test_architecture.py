@@ -117,6 +117,7 @@ def test_the_public_surface_is_what_it_says():
         "StepMetrics",
         "TrainingState",
         "Workload",
+        "certify",
         "examine",
         "generate",
         "hookimpl",

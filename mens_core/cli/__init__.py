@@ -30,6 +30,7 @@ VERBS = {
     "data": "show the rows as training sees them",
     "presets": "list the named settings",
     "backends": "list the compute backends, installed and missing",
+    "parity": "certify the backends against each other and against the specification",
     "doctor": "examine this machine and installation, and say which kernels can run",
     "init-model": "write a small, randomly initialised model folder",
 }
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``python -m mens_core``; those of the process if not given.
 
     Returns:
-        The exit code: 0 done, 2 refused, 130 interrupted.
+        The exit code: 0 done, 1 what was examined does not hold, 2 refused, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parse(words)
