@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mens_core.parity.bounds import EXACT, Bound
 
-__all__ = ["Comparison", "apart", "bytes_apart", "tensors_apart"]
+__all__ = ["Comparison", "apart", "bytes_apart", "relative_norm", "tensors_apart"]
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -107,8 +107,7 @@ def tensors_apart(
         raise ValueError(f"{what} of different names: {sorted(set(found) ^ set(expected))}")
     errors = {name: np.asarray(found[name], np.float64) - expected[name] for name in expected}
     if unit is None:
-        sizes = {name: max(float(np.linalg.norm(array)), np.finfo(np.float32).tiny) for name, array in expected.items()}
-        values = np.array([np.linalg.norm(error) / sizes[name] for name, error in errors.items()])
+        values = np.array([relative_norm(error, expected[name]) for name, error in errors.items()])
     else:
         values = np.concatenate([np.abs(error).reshape(-1) / unit for error in errors.values()])
     return Comparison(
@@ -120,6 +119,12 @@ def tensors_apart(
         max_error=float(values.max()),
         mean_error=float(values.mean()),
     )
+
+
+def relative_norm(error: Array | float, expected: Array) -> float:
+    """The Frobenius norm of an error, in multiples of the tensor's."""
+    # A tensor of zeros has no size of its own; an error in it must not vanish.
+    return float(np.linalg.norm(error)) / max(float(np.linalg.norm(expected)), float(np.finfo(np.float32).tiny))
 
 
 def bytes_apart(what: str, left: tuple[str, list[Array]], right: tuple[str, list[Array]]) -> Comparison:

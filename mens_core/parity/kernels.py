@@ -17,7 +17,6 @@ from mens_core.errors import PluginError
 from mens_core.parity.comparison import Comparison
 from mens_core.parity.graph import compare_graphs, compare_loss
 from mens_core.parity.learning import (
-    MAX_GRAD_NORM,
     UNBOUNDED,
     WEIGHT_DECAY,
     compare_accumulation,
@@ -32,7 +31,7 @@ from mens_core.parity.material import Material, adapter_like
 from mens_core.parity.models import write_with_huge_logits
 from mens_core.parity.schedules import compare_schedules
 from mens_core.parity.storage import compare_storage, compare_storage_with_oracle
-from mens_core.parity.witness import BackendWitness, OracleWitness, obstacle_to_oracle
+from mens_core.parity.witness import BackendWitness, OracleWitness, Witness, obstacle_to_oracle
 from mens_core.plan import ExecutionPlan
 
 __all__ = ["PlanFor", "Subject", "compare_kernels"]
@@ -156,13 +155,12 @@ class _Witnesses:
                 yield from self._huge_logits(adapter, material, layers)
 
     def _updates(self, backends: Sequence[BackendWitness], adapter: Arrays, material: Material) -> Iterator[Comparison]:
-        """In sessions of their own, for clipping is the session's."""
-        fields = {"max_grad_norm": MAX_GRAD_NORM}
-        clipping = self._opened(fields, material)
+        """In sessions of their own, for clipping is the session's; it halves the gradient."""
+        told = [witness.gradient(adapter, material.windows(4)[0]) for witness in backends]
+        clipping = self._opened({"max_grad_norm": 0.5 * min(step.norm for _, step in told)}, material)
         for left, right in itertools.combinations(clipping, 2):
             yield from compare_updates(left, right, adapter, material)
-        for witness, session in zip(backends, clipping, strict=True):
-            gradient, _ = witness.gradient(adapter, material.windows(4)[0])
+        for (gradient, _), session in zip(told, clipping, strict=True):
             yield from compare_updates_with_oracle(session, gradient, adapter, material)
 
     def _huge_logits(self, adapter: Arrays, material: Material, layers: int) -> Iterator[Comparison]:
@@ -171,13 +169,14 @@ class _Witnesses:
             write_with_huge_logits(self.subject.folder, Path(folder))
             witnesses = self._opened({"model": folder}, material)
             oracles = [OracleWitness.like(witness) for witness in witnesses]
-            pairs = [*itertools.combinations(witnesses, 2), *zip(witnesses, oracles, strict=True)]
+            pairs: list[tuple[Witness, Witness]] = list(itertools.combinations(witnesses, 2))
+            pairs += zip(witnesses, oracles, strict=True)
             for left, right in pairs:
                 what = "loss of logits a hundred times as large"
                 yield compare_loss(what, left, right, adapter, material.batch, layers)
 
     def _opened(self, further: Mapping[str, Any], material: Material) -> list[BackendWitness]:
-        fields = [_fields(self.subject, name, self.method) | further for name in self.subject.backends]
+        fields = [{**_fields(self.subject, name, self.method), **further} for name in self.subject.backends]
         return [BackendWitness.open(*self.plan_for(each), material.shape) for each in fields]
 
 

@@ -18,14 +18,13 @@ from mens_core.parity.bounds import (
     MOMENTS,
     TRAJECTORY,
 )
-from mens_core.parity.comparison import Comparison, apart, tensors_apart
+from mens_core.parity.comparison import Comparison, apart, relative_norm, tensors_apart
 from mens_core.parity.material import Material, state_like
 from mens_core.parity.witness import BackendWitness, OracleWitness, Step
 from mens_core.testing.oracle import Moments, adamw, clipped, directional_derivative, global_norm
 from mens_core.training.schedule import learning_rate
 
 __all__ = [
-    "MAX_GRAD_NORM",
     "UNBOUNDED",
     "WEIGHT_DECAY",
     "compare_accumulation",
@@ -41,7 +40,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 RATE = 1e-2
 UNBOUNDED = 1e9  # a norm that no gradient reaches
-MAX_GRAD_NORM = 0.1  # one that every gradient here exceeds
+
 WEIGHT_DECAY = 0.1
 _DIRECTIONS = 4
 _CURVE_STEPS = 12
@@ -79,9 +78,7 @@ def compare_gradients_with_oracle(
         directions = generator.standard_normal((_DIRECTIONS, *found.shape))
         derivatives = [directional_derivative(loss, adapter, {name: direction}) for direction in directions]
         products = (directions * found).reshape(_DIRECTIONS, -1).sum(axis=1)
-        errors[name] = float(np.sqrt(np.square(products - derivatives).mean())) / max(
-            float(np.linalg.norm(found)), np.finfo(np.float32).tiny
-        )
+        errors[name] = relative_norm(float(np.sqrt(np.square(products - derivatives).mean())), found)
     values = np.array(list(errors.values()))
     yield Comparison(
         what=f"adapter gradients, by {_DIRECTIONS} directions a tensor",
@@ -116,7 +113,7 @@ def compare_updates_with_oracle(
     """The same step by the specification, from the gradient that the backend itself has without clipping.
 
     Args:
-        clipping: a backend whose session clips at ``MAX_GRAD_NORM`` and decays by ``WEIGHT_DECAY``.
+        clipping: a backend whose session clips and decays.
         gradient: its gradient of the window.
         adapter: before the step.
         material: of the window.
@@ -129,8 +126,9 @@ def compare_updates_with_oracle(
         exp_avg_sq={name: start.optimizer[f"{name}.exp_avg_sq"].astype(np.float64) for name in adapter},
         step=start.step,
     )
+    spec = clipping.plan.contract.training
     updated, after = adamw(
-        adapter, clipped(gradient, MAX_GRAD_NORM), moments, learning_rate=RATE, weight_decay=WEIGHT_DECAY
+        adapter, clipped(gradient, spec.max_grad_norm), moments, learning_rate=RATE, weight_decay=spec.weight_decay
     )
     names = (clipping.name, "oracle")
     yield _parameters_apart("AdamW step, clipped and decayed", names, [end.adapter, updated])

@@ -78,10 +78,12 @@ def joined(rows: Sequence[Batch]) -> Batch:
 
 
 def adapter_like(adapter: Arrays, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Normal numbers of size 0.1 under the names and shapes of an adapter, so that neither factor is zero."""
+    """Normal numbers under the names and shapes of an adapter, A of size 1 / √in and B of size 0.1, neither zero."""
     generator = np.random.Generator(np.random.Philox(key=seed))
+    drawn = {name: generator.standard_normal(array.shape, np.float32) for name, array in adapter.items()}
     return {
-        name: np.float32(0.1) * generator.standard_normal(array.shape, np.float32) for name, array in adapter.items()
+        name: array * np.float32(array.shape[1] ** -0.5 if name.endswith(".lora_A.weight") else 0.1)
+        for name, array in drawn.items()
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ __all__ = ["write_family", "write_with_huge_logits"]
 _SIZE = Size(width=48, layers=2, heads=4, kv_heads=2, head_dim=12, inner=50, positions=64)
 _VOCABULARY = 320  # the lab tokenizer's 259 ids fit
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_CHANGES = {
+_CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 16}},
     "qwen3": {"head_dim": 20},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from mens_core.testing.oracle import dequantize, merged, quantize
 
 __all__ = ["compare_storage", "compare_storage_with_oracle"]
 
+_Arrays: TypeAlias = "Sequence[NDArray[Any]]"
+
 _SPECS = (NF4Spec(block_size=64, double_quant=True), NF4Spec(block_size=64, double_quant=False))
 _MERGES = ((13, 8, 1, 2.0), (48, 50, 4, 0.25), (64, 64, 8, 5.657))
 
@@ -24,11 +26,8 @@ def compare_storage(left: Backend, right: Backend) -> Iterator[Comparison]:
     """Codes, scales and read-back values of the same weights; merged weights."""
     names = (left.name, right.name)
     records = [(left.quantize(w, spec), right.quantize(w, spec)) for w in _weights() for spec in _SPECS]
-    yield bytes_apart(
-        "NF4 codes",
-        (names[0], [found.codes for found, _ in records]),
-        (names[1], [other.codes for _, other in records]),
-    )
+    codes = [[record.codes for record in side] for side in zip(*records, strict=True)]
+    yield bytes_apart("NF4 codes", (names[0], codes[0]), (names[1], codes[1]))
     yield _means_apart(names, [found for found, _ in records], [other.offset for _, other in records])
     values = [(left.dequantize(record), right.dequantize(record)) for _, record in records]
     yield bytes_apart(
@@ -79,16 +78,14 @@ def _means_apart(names: tuple[str, str], found: Sequence[QuantizedWeight], expec
 def _parts() -> list[tuple[Any, Any, Any, float]]:
     """Weight (out, in), A (rank, in), B (out, rank) and scale."""
     generator = np.random.Generator(np.random.Philox(key=4))
-    return [
-        tuple(generator.standard_normal(shape, np.float32) for shape in ((out, into), (rank, into), (out, rank)))
-        + (scale,)
-        for out, into, rank, scale in _MERGES
-    ]
+
+    def drawn(*shape: int) -> NDArray[np.float32]:
+        return generator.standard_normal(shape, np.float32)
+
+    return [(drawn(out, into), drawn(rank, into), drawn(out, rank), scale) for out, into, rank, scale in _MERGES]
 
 
-def _merges_apart(
-    names: tuple[str, str], found: Sequence[NDArray[Any]], expected: Sequence[NDArray[Any]]
-) -> Comparison:
+def _merges_apart(names: tuple[str, str], found: _Arrays, expected: _Arrays) -> Comparison:
     """All entries of all weights, each in multiples of its weight's largest entry."""
     sizes = [float(np.abs(array).max()) for array in expected]
     flat = [
