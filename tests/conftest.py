@@ -12,6 +12,10 @@ import statistics
 import tempfile
 import textwrap
 
+# Before anything loads NumPy, whose threads are counted then: tiny matrices gain nothing from a second one, and waiting
+# for one that shares its core costs a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -19,8 +23,6 @@ from mens_core import write_random_model
 from mens_core.hf.layout import GRAPHS
 from mens_core.plugins import load_backend
 
-# Tiny matrices gain nothing from a second thread, and waiting for one that shares its core costs a hundredfold.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What was measured on this machine is its user's and not the tests'; child processes inherit this.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mens-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

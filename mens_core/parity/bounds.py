@@ -86,7 +86,7 @@ MOMENTS = Bound(
     reason="the gradient's bound; what the moments hold from before is the same on both sides",
 )
 CURVE = Bound(
-    value=1e-4,
+    value=2e-5,
     unit="the step's loss",
     reason="the loss's bound at the first step, grown by the adapters' drift from step to step",
 )
