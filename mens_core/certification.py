@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mens_core.contract import METHODS
-from mens_core.errors import ContractError, GateError
+from mens_core.errors import ContractError
 from mens_core.hf.hub import find_model
 from mens_core.hf.layout import GRAPHS
 from mens_core.parity.certificate import certificate
 from mens_core.parity.kernels import Subject, compare_kernels
-from mens_core.parity.models import write_family
+from mens_core.parity.subjects import able_backends, tiny_model
 from mens_core.planner import plan_in_float32
-from mens_core.plugins import installed_backends
 
 __all__ = ["certify"]
 
@@ -50,7 +48,7 @@ def certify(
         )
     parts = []
     for label, folder in _folders(model, families):
-        names, notes = (tuple(backends), ()) if backends else _able(folder)
+        names, notes = (tuple(backends), ()) if backends else able_backends(folder, plan_in_float32)
         subject = Subject(label=label, folder=folder, backends=names, methods=METHODS, notes=notes)
         parts.append(compare_kernels(subject, plan_in_float32))
         if news is not None:
@@ -63,26 +61,5 @@ def _folders(model: str | None, families: Sequence[str]) -> Iterator[tuple[str, 
     if model is not None:
         yield find_model(model, None)
     for family in families:
-        with tempfile.TemporaryDirectory() as folder:
-            write_family(Path(folder), family)
-            yield f"tiny {family}", Path(folder)
-
-
-def _able(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The installed backends that can run the model in float32, and why others cannot."""
-    names, notes = [], []
-    for info in installed_backends():
-        if info.missing:
-            notes.append(f"{info.name} takes no part: it needs {', '.join(info.missing)}")
-            continue
-        try:
-            plan_in_float32({"model": str(folder), "backend": f"{info.name}_lora"})
-        except GateError as error:
-            if "backend_available" not in error.codes:
-                raise
-            notes.append(f"{info.name} takes no part: {error.what}")
-        else:
-            names.append(info.name)
-    if not names:
-        raise GateError("no backend can run the model in float32", where=folder, expected="\n".join(notes))
-    return tuple(names), tuple(notes)
+        with tiny_model(family) as found:
+            yield found

@@ -20,6 +20,7 @@ from mens_core.contract import LABELS, FineTuneContract
 from mens_core.errors import ContractError
 from mens_core.gates import contract_gates, refuse_failed
 from mens_core.machine import this_machine
+from mens_core.parity.subjects import certify_run, refuse_uncertified
 from mens_core.plan import ExecutionPlan, GateVerdict, KernelOffer, Machine
 from mens_core.plugins import load_backend
 from mens_core.preflight import (
@@ -100,7 +101,11 @@ class Planner:
         """
         plan, backend = resolve(_contract(contract, config, preset, fields))
         refuse_failed(plan.preflight, "preflight refuses the run")
-        return run_plan(plan, backend, observers)
+        certificate = None
+        if plan.contract.compute.certify:
+            certificate = certify_run(plan, plan_in_float32)
+            refuse_uncertified(certificate)
+        return run_plan(plan, backend, observers, certificate)
 
 
 def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[ExecutionPlan, Backend]:

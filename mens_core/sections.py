@@ -277,6 +277,13 @@ class ComputeSpec:
         "Number format of the frozen base and the activations; auto is float32 on a CPU and bfloat16 on an "
         "accelerator. The adapter and its optimizer are always float32.",
     )
+    certify: bool = fields.switch(
+        False,
+        "Before training, hold the kernel to the specification in float64 and to every other installed backend, "
+        "in float32 on the run's base, or on a tiny model of its family where the base is too large; the run is "
+        "refused if a comparison fails, and keeps the certificate as parity.json.",
+        digest=False,
+    )
     max_memory: int | None = fields.size(
         None, "Most memory the run may need on its device; a plan that needs more is refused.", digest=False
     )

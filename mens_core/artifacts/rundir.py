@@ -27,6 +27,7 @@ MANIFEST = "training_manifest.json"
 _RUN_FILES = (
     MANIFEST,
     "training-preflight.json",
+    "parity.json",
     "telemetry.jsonl",
     "MODEL_CARD.md",
     "adapter_model.safetensors",
@@ -48,6 +49,11 @@ class RunDirectory:
     def manifest(self) -> Path:
         """training_manifest.json."""
         return self.path / MANIFEST
+
+    @property
+    def parity(self) -> Path:
+        """parity.json, of a run that was certified."""
+        return self.path / "parity.json"
 
     @property
     def preflight(self) -> Path:

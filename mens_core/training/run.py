@@ -54,13 +54,19 @@ class RunResult:
     eval_loss_after: float | None
 
 
-def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer]) -> RunResult:
+def run_plan(
+    plan: ExecutionPlan,
+    backend: Backend,
+    observers: Sequence[Observer],
+    certificate: Mapping[str, Any] | None = None,
+) -> RunResult:
     """Train as planned.
 
     Args:
         plan: from the planner.
         backend: the one the plan chose.
         observers: called with every telemetry event, after the plugins' own.
+        certificate: of parity, which the run keeps; None if none was asked for.
 
     Raises:
         DataError: a row is malformed, too many are too long, or none is left; nothing has been written then.
@@ -73,6 +79,9 @@ def run_plan(plan: ExecutionPlan, backend: Backend, observers: Sequence[Observer
         manifest = Manifest(folder.manifest, plan, backend.plugin)
         try:
             write_json(folder.preflight, _preflight(plan))
+            if certificate is not None:
+                write_json(folder.parity, certificate)
+                manifest.update(parity=_parity(folder.parity, certificate))
             manifest.update(
                 status="running",
                 pid=os.getpid(),
@@ -195,6 +204,11 @@ def _preflight(plan: ExecutionPlan) -> dict[str, Any]:
         "checks": [attrs.asdict(verdict) for verdict in (*plan.gates, *plan.preflight)],
         "notes": list(plan.warnings),
     }
+
+
+def _parity(path: Path, certificate: Mapping[str, Any]) -> dict[str, Any]:
+    held = {name: certificate[name] for name in ("passed", "comparisons", "failed")}
+    return {"file": path.name, "sha256": sha256_file(path), **held}
 
 
 def _hashes(plan: ExecutionPlan) -> dict[str, Any]:
