@@ -57,8 +57,8 @@ EXACT = Bound(value=0.0, unit="differing numbers", reason="the bytes are defined
 LOGITS = Bound(
     value=3.4e-6,
     unit="the largest logit",
-    reason="twenty-eight roundings of the largest logit: float32 graphs of two blocks with a strong adapter were seen up "
-    "to fifteen away from each other",
+    reason="twenty-eight roundings of the largest logit: two float32 graphs of two blocks with a strong adapter were "
+    "seen up to fifteen apart",
 )
 LOSS = Bound(
     value=2e-6,
