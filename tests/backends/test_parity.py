@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -199,6 +200,16 @@ def test_a_certificate_asks_no_less_than_the_tests_do():
     assert bounds.LOGITS.value * 12 <= 2.1 * tolerances.LOGITS
     assert bounds.LOGITS.for_depth(8).value == 2 * bounds.LOGITS.value
     assert bounds.LOGITS.for_depth(1) == bounds.LOGITS
+
+
+@pytest.mark.parametrize("home", [bounds, tolerances])
+def test_the_page_on_numerics_has_every_tolerance_with_its_value(home):
+    lines = (Path(__file__).parents[2] / "docs/numerics.md").read_text(encoding="utf-8").splitlines()
+    for name, value in vars(home).items():
+        if name.isupper():
+            number = getattr(value, "value", value)
+            rows = [line.split("|") for line in lines if line.startswith(f"| `{name}` |")]
+            assert any(float(row[2].split()[0].rstrip(",")) == number for row in rows), name
 
 
 def test_no_number_is_no_agreement():
