@@ -39,6 +39,8 @@ CAUGHT = {
     "writes_files": ("test_no_hook_writes_to_disk", ".mens_broken"),
     "changes_its_mind": ("test_the_same_question_gets_the_same_offer", "capacity_bytes=100"),
     "broadcasts": ("test_a_merge_of_what_does_not_fit_is_refused", "were merged"),
+    "other_epsilon": ("test_logits_are_those_of_the_specification", "from the specification's, 2e-05 is allowed"),
+    "forgets_decay": ("test_the_update_is_adamw", "of the learning rate off AdamW's"),
     "half_gradient": ("test_gradients_are_those_of_the_specification", "off the specification's"),
 }
 

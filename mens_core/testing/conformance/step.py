@@ -156,7 +156,8 @@ def test_the_update_is_adamw(workbench: Workbench, weight_decay: float) -> None:
             f"step {after.step} with weight decay {weight_decay} is {far:.3g} of the learning rate off AdamW's",
         )
         for name, array in optimizer.items():
-            close = np.allclose(after.optimizer[name], array, rtol=1e-4, atol=1e-6 * np.abs(array).max())
+            near_zero = tolerances.MOMENT_NEAR_ZERO * np.abs(array).max()
+            close = np.allclose(after.optimizer[name], array, rtol=tolerances.MOMENT, atol=near_zero)
             promise(close, "mens_step", "betas 0.9 and 0.999", f"{name} is not AdamW's moment")
 
 

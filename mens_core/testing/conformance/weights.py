@@ -43,7 +43,7 @@ def test_nf4_is_byte_for_byte_that_of_the_specification(
         same = one is other if other is None else one is not None and np.array_equal(one, other)
         promise(same, "mens_quantize", "byte for byte", f"{part} of a weight {shape} are not the specification's")
     mean = quantize(weight, spec, None).offset
-    close = abs(found.offset - mean) <= tolerances.MEAN * abs(mean)
+    close = abs(found.offset - mean) <= tolerances.NF4 * abs(mean)
     promise(close, "mens_quantize", "byte for byte", f"offset {found.offset}, the mean of the scales is {mean}")
     promise(unchanged[0], "mens_quantize", "Store a weight", "the weight it was given was changed")
 
@@ -54,7 +54,7 @@ def test_nf4_comes_back_as_the_specification_says(workbench: Workbench, shape: t
     quantized = quantize(_weight(*shape), NF4Spec(), None)
     found, expected = workbench.backend.dequantize(quantized), dequantize(quantized)
     far = float(np.abs(found - expected).max() / np.abs(expected).max())
-    promise(far <= tolerances.MEAN, "mens_dequantize", "codebook value times the block's absmax", f"{far:.3g} off")
+    promise(far <= tolerances.NF4, "mens_dequantize", "codebook value times the block's absmax", f"{far:.3g} off")
 
 
 def test_a_weight_that_is_not_finite_is_not_quantised(workbench: Workbench) -> None:

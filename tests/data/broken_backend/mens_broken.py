@@ -310,9 +310,31 @@ class HalfGradient(Whole):
         return attrs.evolve(state, adapter=adapter)
 
 
+class OtherEpsilon(Whole):
+    """Takes ten times the epsilon of the norms, which moves logits by some 1e-4."""
+
+    name = "other_epsilon"
+
+    @hookimpl
+    def mens_open(self, plan):
+        return hooks.mens_open(attrs.evolve(plan, layout=attrs.evolve(plan.layout, norm_eps=10 * plan.layout.norm_eps)))
+
+
+class ForgetsDecay(Whole):
+    """Knows no weight decay."""
+
+    name = "forgets_decay"
+
+    @hookimpl
+    def mens_open(self, plan):
+        training = attrs.evolve(plan.contract.training, weight_decay=0.0)
+        return hooks.mens_open(attrs.evolve(plan, contract=attrs.evolve(plan.contract, training=training)))
+
+
 whole, wrong_shape, wrong_dtype, not_a_number = Whole(), WrongShape(), WrongDtype(), NotANumber()
 live_buffers, live_views, refreshed_copies = LiveBuffers(), LiveViews(), RefreshedCopies()
 changes_weights, changes_batches, changes_base = ChangesWeights(), ChangesBatches(), ChangesBase()
 mean_of_means, never_clips, counts_infinite = MeanOfMeans(), NeverClips(), CountsInfinite()
 restores_half, keeps_state, joins_rows, writes_files = RestoresHalf(), KeepsState(), JoinsRows(), WritesFiles()
 changes_its_mind, broadcasts, half_gradient = ChangesItsMind(), Broadcasts(), HalfGradient()
+other_epsilon, forgets_decay = OtherEpsilon(), ForgetsDecay()
