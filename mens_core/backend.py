@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, SupportsFloat, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import attrs
 import numpy as np
@@ -151,7 +151,7 @@ class Backend:
         if metrics.supervised_tokens != expected:
             self._broken("mens_step", f"counted {metrics.supervised_tokens} supervised tokens, expected {expected}")
         for name in ("loss_sum", "grad_norm"):
-            if not isinstance(getattr(metrics, name), SupportsFloat):
+            if not hasattr(getattr(metrics, name), "__float__"):
                 self._broken("mens_step", f"{name} is a {type(getattr(metrics, name)).__name__}, which is no number")
         return metrics
 
@@ -238,13 +238,13 @@ class Backend:
 
     def _copies(self, state: TrainingState) -> None:
         """No array lies where one lies that was handed out before and is still held."""
-        for name, tensor in (*state.adapter.items(), *state.optimizer.items()):
-            place = tensor.__array_interface__["data"][0]
-            if tensor.size and place in self._handed_out:
+        tensors = {**state.adapter, **state.optimizer}
+        places = {name: tensor.__array_interface__["data"][0] for name, tensor in tensors.items() if tensor.size}
+        for name, place in places.items():
+            if place in self._handed_out:
                 self._broken("mens_state", f"{name} is an array that was handed out before, expected a copy")
-        for tensor in (*state.adapter.values(), *state.optimizer.values()):
-            if tensor.size:
-                self._handed_out[tensor.__array_interface__["data"][0]] = tensor
+        for name, place in places.items():
+            self._handed_out[place] = tensors[name]
 
     def _broken(self, hook: str, problem: str) -> NoReturn:
         raise self._error(hook, problem)

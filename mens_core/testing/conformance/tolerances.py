@@ -1,7 +1,7 @@
 """How far a float32 backend may be from the float64 specification, on the tiny models of ``mens_core.testing.tiny``.
 
-float32 has eps = 1.2e-7. Beside each number stands the largest value that was observed, over all families, of NumPy, torch
-and JAX. Each is used in a test that a deliberately broken backend fails.
+float32 has eps = 1.2e-7. Beside each number stands the largest value that was observed, over all families, of NumPy,
+torch and JAX. Each is used in a test that a deliberately broken backend fails.
 """
 
 # Logits, largest absolute difference, at logits of 10 to 20 where one rounding is 1e-6.
@@ -27,8 +27,8 @@ ACCUMULATION = 5e-6
 # rounded to 3e-8, which is 9e-6 of the smaller rate. Observed: 8.6e-6, 8.8e-6, 4.5e-6.
 ADAMW = 2e-5
 
-# A moment against AdamW's from the gradient that was read out of the other moments, relative; and, of the largest entry,
-# absolute, for entries near zero are differences of larger ones.
+# A moment against AdamW's from the gradient that was read out of the other moments, relative; and, of the largest
+# entry, absolute, for entries near zero are differences of larger ones.
 MOMENT, MOMENT_NEAR_ZERO = 1e-4, 1e-6
 
 # W + s · B A, relative to the largest entry: a sum of rank + 1 terms. Observed: 5.1e-8 on all.
