@@ -31,11 +31,11 @@ def test_its_own_tests_pass(empty_environment, tmp_path):
     assert " failed" not in told
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_it_trains_through_the_command_line(empty_environment, corpus_dir, model_dirs, tmp_path, family):
+@pytest.mark.parametrize(("family", "spelling"), [("gpt2", "numpy"), ("qwen3", "numpy_lora")])
+def test_it_trains_through_the_command_line(empty_environment, corpus_dir, model_dirs, tmp_path, family, spelling):
     flags = ["--data-dir", corpus_dir, "--output-dir", tmp_path / "run", "--model", model_dirs[family]]
     flags += ["--tokenizer", "hf", "--epochs", "3", "--lr", "3e-3", "--rank", "4", "--seq-len", "512"]
-    _run(empty_environment, "-m", "mens_core", "train", "--backend", "numpy", *flags, cwd=tmp_path)
+    _run(empty_environment, "-m", "mens_core", "train", "--backend", spelling, *flags, cwd=tmp_path)
     manifest = json.loads((tmp_path / "run/training_manifest.json").read_text(encoding="utf-8"))
     assert manifest["status"] == "complete"
     assert manifest["execution_kernel"] == "numpy_lora"
