@@ -1,12 +1,17 @@
 """A loaded backend: one typed method per hook.
 
 The core never touches ``manager.hook``. Each method checks what came back, so that a plugin's mistake is
-reported at the call, with the plugin's name and version, and not three modules later.
+reported at the call, with the plugin's name and version, and not three modules later. Checked here is what costs
+next to nothing beside the hook: types, shapes, number formats, finite values, counts, whether an array that was
+handed out before is handed out again. Weights and states go in as read-only views, so that writing into them fails
+there and then. What would cost a copy or a second computation (a batch that was changed, a base that moved, a copy
+that lives on) is left to ``mens_core.testing.conformance``.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -24,6 +29,9 @@ from mens_core.plan import MEMORY_PARTS, BaseWeights, ExecutionPlan, GateVerdict
 __all__ = ["Backend"]
 
 _Answer = TypeVar("_Answer")
+_DTYPES = ("float32", "bfloat16")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NESTED_BLOCK = 256  # scales that share one scale of their own
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +50,10 @@ class Backend:
     name: str
     plugin: str
     manager: pluggy.PluginManager
+    # Where an array of a state that somebody still holds begins → that array.
+    _handed_out: weakref.WeakValueDictionary[int, NDArray[np.float32]] = attrs.field(
+        factory=weakref.WeakValueDictionary, init=False, repr=False, eq=False
+    )
 
     def plan(
         self,
@@ -64,8 +76,8 @@ class Backend:
         expected = f"{self.name}_{contract.adapter.method}"
         if offer.kernel != expected:
             self._broken("mens_plan", f"offers kernel {offer.kernel!r}, expected {expected!r}")
-        if offer.feasible and not (offer.device and offer.dtype):
-            self._broken("mens_plan", "a feasible offer must name its device and dtype")
+        if offer.feasible and not (offer.device and offer.dtype in _DTYPES):
+            self._broken("mens_plan", f"a feasible offer must name its device and a dtype out of {', '.join(_DTYPES)}")
         if not offer.feasible and not offer.reason:
             self._broken("mens_plan", "an offer that is not feasible must give its reason")
         for part, size in offer.memory.items():
@@ -87,17 +99,28 @@ class Backend:
 
     def quantize(self, weight: NDArray[np.float32], spec: NF4Spec) -> QuantizedWeight:
         """``mens_quantize``."""
-        quantized = self._call("mens_quantize", QuantizedWeight, weight=weight, spec=spec)
+        quantized = self._call("mens_quantize", QuantizedWeight, weight=_view(weight), spec=spec)
         blocks = -(-weight.size // spec.block_size)
         self._array("mens_quantize", quantized.codes, (-(-weight.size // 2),), np.uint8)
         self._array("mens_quantize", quantized.absmax, (blocks,), np.uint8 if spec.double_quant else np.float32)
-        if quantized.shape != weight.shape:
-            self._broken("mens_quantize", f"shape {quantized.shape}, expected {weight.shape}")
+        if spec.double_quant:
+            self._array("mens_quantize", quantized.nested_absmax, (-(-blocks // _NESTED_BLOCK),), np.float32)
+        elif quantized.nested_absmax is not None:
+            self._broken("mens_quantize", "answered nested_absmax where scales are not quantised")
+        if quantized.shape != weight.shape or quantized.spec != spec:
+            found, asked = f"{quantized.shape} as {quantized.spec}", f"{weight.shape} as {spec}"
+            self._broken("mens_quantize", f"answered {found}, expected {asked}")
+        if not math.isfinite(quantized.offset):
+            self._broken("mens_quantize", f"offset {quantized.offset} is not finite")
         return quantized
 
     def dequantize(self, quantized: QuantizedWeight) -> NDArray[np.float32]:
         """``mens_dequantize``."""
-        weight = self._call("mens_dequantize", np.ndarray, quantized=quantized)
+        nested = None if quantized.nested_absmax is None else _view(quantized.nested_absmax)
+        given = attrs.evolve(
+            quantized, codes=_view(quantized.codes), absmax=_view(quantized.absmax), nested_absmax=nested
+        )
+        weight = self._call("mens_dequantize", np.ndarray, quantized=given)
         return self._array("mens_dequantize", weight, quantized.shape, np.float32)
 
     def open(self, plan: ExecutionPlan, shape: BatchShape) -> Any:
@@ -107,15 +130,15 @@ class Backend:
     def forward(self, session: Any, batch: Batch) -> NDArray[np.float32]:
         """``mens_forward``."""
         logits = self._call("mens_forward", np.ndarray, session=session, batch=batch)
-        if logits.ndim != 2:
+        if logits.ndim != 2 or logits.shape[1] <= batch.input_ids.max():
             self._broken("mens_forward", f"shape {logits.shape}, expected (tokens, vocabulary)")
         return self._array("mens_forward", logits, (len(batch.input_ids), logits.shape[1]), np.float32)
 
     def loss(self, session: Any, batch: Batch) -> tuple[float, int]:
         """``mens_loss``."""
         answer = self._call("mens_loss", tuple, session=session, batch=batch)
-        if len(answer) != 2 or not np.isfinite(float(answer[0])):
-            self._broken("mens_loss", f"answered {answer!r}, expected a finite sum and a count")
+        if len(answer) != 2 or not _is_whole(answer[1]) or not 0 <= float(answer[0]) < math.inf:
+            self._broken("mens_loss", f"answered {answer!r}, expected a finite sum of at least 0 and a count")
         total, count = float(answer[0]), int(answer[1])
         if count != batch.supervised_tokens:
             self._broken("mens_loss", f"counted {count} supervised tokens, expected {batch.supervised_tokens}")
@@ -127,37 +150,56 @@ class Backend:
         expected = sum(batch.supervised_tokens for batch in window)
         if metrics.supervised_tokens != expected:
             self._broken("mens_step", f"counted {metrics.supervised_tokens} supervised tokens, expected {expected}")
+        for name in ("loss_sum", "grad_norm"):
+            if not hasattr(getattr(metrics, name), "__float__"):
+                self._broken("mens_step", f"{name} is a {type(getattr(metrics, name)).__name__}, which is no number")
         return metrics
 
     def state(self, session: Any) -> TrainingState:
         """``mens_state``."""
         state = self._call("mens_state", TrainingState, session=session)
-        for name, tensor in (*state.adapter.items(), *state.optimizer.items()):
-            self._array(f"mens_state ({name})", tensor, np.shape(tensor), np.float32)
-        for name in state.adapter:
+        for name, tensor in state.adapter.items():
             if not name.endswith((".lora_A.weight", ".lora_B.weight")):
                 self._broken("mens_state", f"tensor {name!r} is neither a lora_A nor a lora_B weight")
+            self._array(f"mens_state ({name})", tensor, np.shape(tensor), np.float32)
+        self._pairs(state)
+        moments = {f"{name}.{moment}": tensor.shape for name, tensor in state.adapter.items() for moment in _MOMENTS}
+        if state.optimizer and set(state.optimizer) != set(moments):
+            wrong = min(set(state.optimizer) ^ set(moments))
+            self._broken("mens_state", f"moment {wrong!r} is left over or missing")
+        for name, tensor in state.optimizer.items():
+            self._array(f"mens_state ({name})", tensor, moments[name], np.float32)
+        if not _is_whole(state.step) or state.step < 0:
+            self._broken("mens_state", f"step is {state.step!r}, expected the number of steps taken")
+        self._copies(state)
         return state
 
     def restore(self, session: Any, state: TrainingState) -> Any:
         """``mens_restore``."""
-        return self._call("mens_restore", object, session=session, state=state)
+        given = attrs.evolve(state, adapter=_views(state.adapter), optimizer=_views(state.optimizer))
+        return self._call("mens_restore", object, session=session, state=given)
 
     def generate(self, session: Any, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
         """``mens_generate``."""
         answer = self._call("mens_generate", list, session=session, prompt=prompt, settings=settings)
+        if not all(_is_whole(token) and token >= 0 for token in answer):
+            self._broken("mens_generate", f"answered {answer!r}, expected token ids")
         tokens = [int(token) for token in answer]
         if len(tokens) > settings.max_new_tokens:
             self._broken(
                 "mens_generate", f"gave {len(tokens)} tokens, at most {settings.max_new_tokens} were asked for"
             )
+        if set(tokens[:-1]) & set(settings.stop_tokens):
+            self._broken("mens_generate", "went on after a stop token")
         return tokens
 
     def merge(
         self, weight: NDArray[np.float32], lora_a: NDArray[np.float32], lora_b: NDArray[np.float32], scale: float
     ) -> NDArray[np.float32]:
         """``mens_merge``."""
-        merged = self._call("mens_merge", np.ndarray, weight=weight, lora_a=lora_a, lora_b=lora_b, scale=scale)
+        merged = self._call(
+            "mens_merge", np.ndarray, weight=_view(weight), lora_a=_view(lora_a), lora_b=_view(lora_b), scale=scale
+        )
         return self._array("mens_merge", merged, weight.shape, np.float32)
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -165,7 +207,13 @@ class Backend:
         self.manager.hook.mens_event(event=event)
 
     def _call(self, hook: str, kind: type[_Answer], **arguments: Any) -> _Answer:
-        answer = getattr(self.manager.hook, hook)(**arguments)
+        try:
+            answer = getattr(self.manager.hook, hook)(**arguments)
+        except ValueError as error:
+            # NumPy's words where somebody writes into a view that was handed in.
+            if "read-only" not in str(error):
+                raise
+            raise self._error(hook, f"changed what it was given: {error}") from error
         if answer is None:
             self._broken(hook, "is not implemented or answered None")
         if not isinstance(answer, kind):
@@ -180,7 +228,45 @@ class Backend:
             self._broken(hook, "answered values that are not finite")
         return array
 
+    def _pairs(self, state: TrainingState) -> None:
+        """Every A has its B, and they share a rank."""
+        for path in {name.rpartition(".lora_")[0] for name in state.adapter}:
+            pair = [state.adapter.get(f"{path}.lora_{letter}.weight") for letter in "AB"]
+            a, b = (() if tensor is None else tensor.shape for tensor in pair)
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+                self._broken("mens_state", f"{path}: lora_A {a} and lora_B {b}, expected (rank, in) and (out, rank)")
+
+    def _copies(self, state: TrainingState) -> None:
+        """No array lies where one lies that was handed out before and is still held."""
+        tensors = {**state.adapter, **state.optimizer}
+        places = {name: tensor.__array_interface__["data"][0] for name, tensor in tensors.items() if tensor.size}
+        for name, place in places.items():
+            if place in self._handed_out:
+                self._broken("mens_state", f"{name} is an array that was handed out before, expected a copy")
+        for name, place in places.items():
+            self._handed_out[place] = tensors[name]
+
     def _broken(self, hook: str, problem: str) -> NoReturn:
-        raise HookContractError(
-            f"{hook}: {problem}", where=f"backend {self.name!r} of {self.plugin}", expected="see mens_core/hookspecs.py"
+        raise self._error(hook, problem)
+
+    def _error(self, hook: str, problem: str) -> HookContractError:
+        return HookContractError(
+            f"{hook}: {problem}",
+            where=f"backend {self.name!r} of {self.plugin}",
+            expected=f"as {hook} in mens_core/hookspecs.py says; see docs/writing_a_backend.md",
         )
+
+
+def _view(array: NDArray[Any]) -> NDArray[Any]:
+    """The array, not to be written into."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _views(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {name: _view(array) for name, array in arrays.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

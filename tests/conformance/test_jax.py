@@ -1,0 +1,24 @@
+"""The suite that third parties run, on the JAX backend."""
+
+import jax
+import pytest
+
+from mens_core.testing.conformance import *  # noqa: F403
+from mens_core.testing.conformance import OPEN, BackendCapabilities
+
+
+class Capabilities(BackendCapabilities):
+    """Everything."""
+
+    backend = "jax"
+    gpt2 = llama = qwen2 = qwen3 = OPEN
+    qlora = dropout = bfloat16 = generate = merge = OPEN
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly_compiled():
+    """Tiny graphs take longer to optimise than to run; ``tests/backends`` runs the optimised ones."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
