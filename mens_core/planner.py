@@ -12,6 +12,8 @@ from typing import Any
 
 import attrs
 
+from mens_core.artifacts.adapters import weights_of
+from mens_core.artifacts.files import sha256_file
 from mens_core.artifacts.tensors import TensorFolder
 from mens_core.backend import Backend
 from mens_core.choice import Choice, Question, choice_gates, choose
@@ -30,6 +32,7 @@ from mens_core.preflight import (
     fitting_tensors,
     readable_rows,
     rotary_pairs,
+    start_fits,
     strict_proxy_stack,
 )
 from mens_core.speeds import outdated_speeds, read_speeds
@@ -165,7 +168,7 @@ def decide(
         work=lambda asked: rows.sample.workload(asked) if rows else None,
     )
     choice = choose(question, compare=compare)
-    contents = base.contents() | (rows.contents() if rows else {})
+    contents = base.contents() | (rows.contents() if rows else {}) | _start(contract)
     plan = ExecutionPlan(
         contract=contract,
         layout=base.layout,
@@ -244,9 +247,16 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
         rotary_pairs(base.layout),
         # Of a family the core does not know, it knows the linear layers by guess only.
         *((existing_targets(contract.adapter.targets, base.inventory.linears),) if base.layout.family else ()),
+        *((start_fits(contract.adapter, base.inventory.linears),) if contract.adapter.start_from else ()),
         *((readable_rows(rows.sample),) if rows and contract.data.on_bad_row == "error" else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )
+
+
+def _start(contract: FineTuneContract) -> dict[str, str]:
+    """Sha256 of the adapter that the run goes on from."""
+    start = contract.adapter.start_from
+    return {} if start is None else {"start_adapter": sha256_file(weights_of(start))}
 
 
 def _outdated_speed(offer: KernelOffer, machine: Machine) -> tuple[str, ...]:

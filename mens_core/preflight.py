@@ -6,12 +6,15 @@ A plan is made whatever is found here, so that it can show everything at once; a
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mens_core.artifacts.adapters import open_adapter
+from mens_core.artifacts.lora import Targets
 from mens_core.artifacts.tensors import TensorFolder
 from mens_core.hf.blocks import inventory_names, missing_middle_keys_report, ordered_middle_projection_keys
 from mens_core.hf.families import REGISTRY
@@ -19,6 +22,7 @@ from mens_core.hf.fit import MISFITS, misfits
 from mens_core.hf.inventory import Coverage, Inventory, middle_coverage
 from mens_core.hf.layout import Layout
 from mens_core.plan import GateVerdict
+from mens_core.sections import AdapterSpec
 from mens_core.training.data import RowSample
 
 __all__ = [
@@ -28,6 +32,7 @@ __all__ = [
     "fitting_tensors",
     "readable_rows",
     "rotary_pairs",
+    "start_fits",
     "strict_proxy_stack",
 ]
 
@@ -97,6 +102,30 @@ def existing_targets(targets: Sequence[str], linears: Iterable[str]) -> GateVerd
         passed=not absent,
         message=f"targets are linear layers out of {', '.join(known)}" + (f"; there is no {shown}" if absent else ""),
         fix="--targets all-linear, or names out of these",
+    )
+
+
+def start_fits(spec: AdapterSpec, linears: Iterable[str]) -> GateVerdict:
+    """Whether the adapter to go on from is what the contract asks for, tensor for tensor.
+
+    Raises:
+        ModelError: if it cannot be read, see ``open_adapter``.
+    """
+    assert spec.start_from is not None, "asked of a run that goes on from an adapter"
+    adapter = open_adapter(spec.start_from)
+    _, rank, scale = adapter.stacked()
+    asked = Targets(names="all-linear" if spec.targets == ("all-linear",) else spec.targets).of(linears)
+    problems = [
+        *([f"its rank is {rank}, not {spec.rank}"] if rank != spec.rank else []),
+        *([f"its scale is {scale:g}, not {spec.scale:g}"] if not math.isclose(scale, spec.scale, rel_tol=1e-6) else []),
+        *([f"it adapts {len(adapter.modules)} layers, not {len(asked)}"] if set(adapter.modules) != asked else []),
+    ]
+    names = sorted({module.rpartition(".")[2] for module in adapter.modules})
+    return GateVerdict(
+        code="start_fits",
+        passed=not problems,
+        message=f"the run goes on from {spec.start_from}" + (f": {'; '.join(problems)}" if problems else ""),
+        fix=f"--rank {rank} --alpha {scale * rank:g} --targets {','.join(names)}",
     )
 
 

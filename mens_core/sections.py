@@ -159,6 +159,12 @@ class AdapterSpec:
         below=1.0,
         evidence="Dettmers et al. 2023, appendix B.2, use 0.1 up to 13B parameters and 0.05 above",
     )
+    start_from: Path | None = fields.path(
+        "Adapter to go on from instead of a new one: a run's folder, or one in PEFT's format; rank, scale and targets "
+        "have to be its own. Its optimizer is not continued.",
+        metavar="DIR",
+        digest=False,
+    )
     adapter_tag: str | None = fields.text(None, "Name for the adapter, kept in the manifest and the model card.")
 
     @property

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 import mens_core
 from mens_core import Planner
 from mens_core.cli import main
+from mens_core.errors import GateError, ModelError
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,36 @@ def test_eval_of_merged_and_unmerged_gives_the_same_loss(run, corpus_dir, tmp_pa
     assert unmerged["loss"] == pytest.approx(manifest["results"]["eval_loss_after"], abs=1e-5)
     assert base["loss"] > unmerged["loss"] + 0.1
     assert merged["supervised_tokens"] == unmerged["supervised_tokens"] > 100
+
+
+def test_a_run_goes_on_from_an_adapter_where_it_ended(run, model_dirs, corpus_dir, tmp_path):
+    fields = {"model": str(model_dirs["qwen3"]), "data_dir": corpus_dir, "method": "qlora", "backend": "torch"}
+    fields |= {"seq_len": 512, "max_steps": 2, "start_from": run, "output_dir": tmp_path / "further"}
+    before = json.loads((run / "training_manifest.json").read_text())
+    further = Planner().run(**fields)
+    assert further.eval_loss_before == pytest.approx(before["results"]["eval_loss_after"], abs=1e-6)
+    assert further.manifest["sha256"]["start_adapter"]
+    assert further.manifest["finetune_contract_digest"] != before["finetune_contract_digest"]
+    with pytest.raises(GateError, match="its rank is 16, not 8; its scale is 2, not 4") as refused:
+        Planner().run(**fields | {"rank": 8, "output_dir": tmp_path / "refused"})
+    assert "--rank 16 --alpha 32 --targets" in str(refused.value)
+    with pytest.raises(GateError, match="it adapts 14 layers, not 2"):
+        Planner().run(**fields | {"targets": ("q_proj",), "output_dir": tmp_path / "refused"})
+    with pytest.raises(ModelError, match="no such adapter"):
+        Planner().run(**fields | {"start_from": tmp_path / "nothing", "output_dir": tmp_path / "refused"})
+
+
+def test_an_adapter_of_pefts_trains_on_here(model_dirs, corpus_dir, tmp_path):
+    base = model_dirs["llama"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "start")
+    fields = {"model": str(base), "data_dir": corpus_dir, "output_dir": tmp_path / "run", "backend": "torch"}
+    fields |= {"rank": 4, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "seq_len": 512, "max_steps": 2}
+    result = Planner().run(**fields, start_from=tmp_path / "start")
+    start = mens_core.evaluate_model(
+        corpus_dir / "eval.jsonl", model=str(base), adapter=tmp_path / "start", backend="torch", seq_len=512
+    )
+    assert result.eval_loss_before == pytest.approx(start["loss"], abs=1e-6)
 
 
 def test_eval_prints_loss_and_perplexity(run, corpus_dir, capsys):

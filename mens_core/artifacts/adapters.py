@@ -6,12 +6,17 @@ from pathlib import Path
 
 from mens_core.artifacts.lora import LoraAdapter
 from mens_core.artifacts.meta import read_meta_adapter
-from mens_core.artifacts.peft import ADAPTER_CONFIG, read_peft
+from mens_core.artifacts.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_peft
 from mens_core.errors import ModelError
 
-__all__ = ["open_adapter"]
+__all__ = ["open_adapter", "weights_of"]
 
 _NOT_THERE = "a folder with adapter_model.safetensors, or a safetensors file"
+
+
+def weights_of(path: Path) -> Path:
+    """The weight file of an adapter that ``open_adapter`` opens."""
+    return path / ADAPTER_WEIGHTS if path.is_dir() else path
 
 
 def open_adapter(path: Path, meta: Path | None = None) -> LoraAdapter:

@@ -14,11 +14,13 @@ from typing import Any
 import attrs
 
 from mens_core.artifacts.adapter import initial_state, write_adapter
+from mens_core.artifacts.adapters import open_adapter
 from mens_core.artifacts.files import sha256_file, write_json, write_text
 from mens_core.artifacts.manifest import Manifest
 from mens_core.artifacts.model_card import model_card
 from mens_core.artifacts.rundir import RunDirectory
 from mens_core.backend import Backend
+from mens_core.exchange import TrainingState
 from mens_core.hf.inventory import read_inventory
 from mens_core.plan import ExecutionPlan
 from mens_core.text.encode import open_encoder
@@ -145,7 +147,7 @@ def _train(
     telemetry.emit("train_start", _train_start(plan, rows, held_out))
     shape = Batching.of(plan.contract).shape(rows.rows, spec.epochs)
     session = backend.open(plan, shape)
-    start = initial_state(backend.state(session).adapter, spec.seed)
+    start = _start(plan, backend.state(session))
     check_trainable(start)
     session = backend.restore(session, start)
     results: dict[str, Any] = dict(rows.counters())
@@ -169,6 +171,14 @@ def _train(
         {"ok": True, "execution_kernel": plan.execution_kernel, "output_dir": str(folder.path), **results},
     )
     return results, progress
+
+
+def _start(plan: ExecutionPlan, opened: TrainingState) -> TrainingState:
+    """The adapter to begin with: a new one, or the one that the run goes on from."""
+    path = plan.contract.adapter.start_from
+    if path is None:
+        return initial_state(opened.adapter, plan.contract.training.seed)
+    return TrainingState(adapter=open_adapter(path).stacked()[0], optimizer={}, step=0)
 
 
 def _train_start(plan: ExecutionPlan, rows: ReadRows, held_out: ReadRows | None) -> dict[str, Any]:

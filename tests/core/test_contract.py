@@ -40,6 +40,7 @@ OTHER = {
     "rslora": True,
     "targets": ("q_proj",),
     "dropout": 0.05,
+    "start_from": "run-before",
     "adapter_tag": "mine",
     "base_quant": "nf4",
     "block_size": 128,
@@ -64,6 +65,7 @@ OTHER = {
     "max_vram_fraction": 0.5,
     "output_dir": "elsewhere",
     "overwrite": True,
+    "certify": True,
     "deployment_target": "mobile_edge",
 }
 # Places enter by their content; limits and checks do not change what a run computes.
@@ -78,6 +80,8 @@ NOT_IN_THE_DIGEST = {
     "max_vram_fraction",
     "output_dir",
     "overwrite",
+    "start_from",
+    "certify",
 }
 CONTRADICTION = {"qlora_require_full_proxy_stack": True, "qlora_allow_partial_proxy_stack": True}
 TOGETHER = {name: value for name, value in OTHER.items() if name != "qlora_allow_partial_proxy_stack"}
