@@ -51,7 +51,8 @@ _NF4 = [
 # A sign, two bits of exponent and one of mantissa, divided by the largest (bitsandbytes, functional.get_4bit_type).
 _FP4 = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], np.float32) / np.float32(12)
 
-CODEBOOKS: dict[str, _Floats] = {"nf4": np.array(_NF4, np.float32), "fp4": np.concatenate([_FP4, -_FP4])}
+# A difference, because bitsandbytes' second zero has no sign either.
+CODEBOOKS: dict[str, _Floats] = {"nf4": np.array(_NF4, np.float32), "fp4": np.concatenate([_FP4, 0 - _FP4])}
 """Name → (16,) float32, the value of each code."""
 
 # bitsandbytes' floor of the absmax; it is subnormal in float32.

@@ -1,4 +1,4 @@
-"""NF4 and merging: hooks that need no session."""
+"""4-bit storage and merging: hooks that need no session."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ __all__ = ["compare_storage", "compare_storage_with_oracle"]
 
 _Arrays: TypeAlias = "Sequence[NDArray[Any]]"
 
-_SPECS = (NF4Spec(block_size=64, double_quant=True), NF4Spec(block_size=64, double_quant=False))
+_SPECS = (
+    NF4Spec(block_size=64, double_quant=True),
+    NF4Spec(block_size=64, double_quant=False),
+    NF4Spec(block_size=32, double_quant=True, codebook="fp4"),
+)
 _MERGES = ((13, 8, 1, 2.0), (48, 50, 4, 0.25), (64, 64, 8, 5.657))
 
 
@@ -27,11 +31,11 @@ def compare_storage(left: Backend, right: Backend) -> Iterator[Comparison]:
     names = (left.name, right.name)
     records = [(left.quantize(w, spec), right.quantize(w, spec)) for w in _weights() for spec in _SPECS]
     codes = [[record.codes for record in side] for side in zip(*records, strict=True)]
-    yield bytes_apart("NF4 codes", (names[0], codes[0]), (names[1], codes[1]))
+    yield bytes_apart("4-bit codes", (names[0], codes[0]), (names[1], codes[1]))
     yield _means_apart(names, [found for found, _ in records], [other.offset for _, other in records])
     values = [(left.dequantize(record), right.dequantize(record)) for _, record in records]
     yield bytes_apart(
-        "NF4 values read back", (names[0], [found for found, _ in values]), (names[1], [other for _, other in values])
+        "4-bit values read back", (names[0], [found for found, _ in values]), (names[1], [other for _, other in values])
     )
     yield _merges_apart(names, [left.merge(*parts) for parts in _parts()], [right.merge(*parts) for parts in _parts()])
 
@@ -45,10 +49,12 @@ def compare_storage_with_oracle(backend: Backend) -> Iterator[Comparison]:
         quantize(weight, spec, offset=record.offset if spec.double_quant else None)
         for (weight, spec), record in zip(weights, found, strict=True)
     ]
-    yield bytes_apart("NF4 codes and scales", (names[0], _bytes(found)), (names[1], _bytes(expected)))
+    yield bytes_apart("4-bit codes and scales", (names[0], _bytes(found)), (names[1], _bytes(expected)))
     yield _means_apart(names, found, [quantize(weight, spec).offset for weight, spec in weights])
     values = [backend.dequantize(record) for record in found]
-    yield bytes_apart("NF4 values read back", (names[0], values), (names[1], [dequantize(record) for record in found]))
+    yield bytes_apart(
+        "4-bit values read back", (names[0], values), (names[1], [dequantize(record) for record in found])
+    )
     yield _merges_apart(names, [backend.merge(*parts) for parts in _parts()], [merged(*parts) for parts in _parts()])
 
 
@@ -72,7 +78,7 @@ def _bytes(records: Sequence[QuantizedWeight]) -> list[NDArray[Any]]:
 def _means_apart(names: tuple[str, str], found: Sequence[QuantizedWeight], expected: Sequence[float]) -> Comparison:
     means = np.array([record.offset for record in found])
     sizes = np.where(np.array(expected) == 0, 1.0, np.abs(expected))
-    return apart("mean of NF4's scales", (names[0], means / sizes), (names[1], np.array(expected) / sizes), MEAN, 1.0)
+    return apart("mean of the scales", (names[0], means / sizes), (names[1], np.array(expected) / sizes), MEAN, 1.0)
 
 
 def _parts() -> list[tuple[Any, Any, Any, float]]:

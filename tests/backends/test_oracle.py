@@ -16,9 +16,14 @@ from mens_core.errors import ModelError
 from mens_core.exchange import IGNORE, NF4Spec
 from mens_core.hf.keymap import linear_shapes
 from mens_core.testing import oracle
-from mens_core.testing.oracle.nf4 import dynamic_map
+from mens_core.testing.oracle.nf4 import CODEBOOKS, dynamic_map
 
-BLOCKS = st.sampled_from([32, 64, 1024])
+SPECS = st.builds(
+    NF4Spec,
+    block_size=st.sampled_from([32, 64, 1024]),
+    double_quant=st.booleans(),
+    codebook=st.sampled_from(["nf4", "fp4"]),
+)
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 70))
 
 
@@ -140,37 +145,40 @@ def test_its_update_is_torchs_adamw_after_torchs_clipping(max_norm):
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), atol=1e-8)
 
 
-@given(
-    shape=SHAPES, block=BLOCKS, double=st.booleans(), seed=st.integers(0, 1000), size=st.sampled_from([0, 0.02, 1e9])
-)
-def test_its_nf4_is_bitsandbytes_byte_for_byte(shape, block, double, seed, size):
+@given(shape=SHAPES, spec=SPECS, seed=st.integers(0, 1000), size=st.sampled_from([0, 0.02, 1e9]))
+def test_its_four_bits_are_bitsandbytes_byte_for_byte(shape, spec, seed, size):
     weight = (size * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
     codes, state = bitsandbytes.quantize_4bit(
-        torch.tensor(weight), blocksize=block, compress_statistics=double, quant_type="nf4"
+        torch.tensor(weight),
+        blocksize=spec.block_size,
+        compress_statistics=spec.double_quant,
+        quant_type=spec.codebook,
     )
-    spec = NF4Spec(block_size=block, double_quant=double)
-    found = oracle.quantize(weight, spec, offset=float(state.offset) if double else None)
+    found = oracle.quantize(weight, spec, offset=float(state.offset) if spec.double_quant else None)
     np.testing.assert_array_equal(found.codes, codes.flatten().numpy())
     np.testing.assert_array_equal(found.absmax, state.absmax.numpy())
-    if double:
+    if spec.double_quant:
         np.testing.assert_array_equal(found.nested_absmax, state.state2.absmax.numpy())
         exact = oracle.quantize(weight, spec).offset
         assert exact == pytest.approx(found.offset, rel=tolerances.MEAN)
 
 
-@given(shape=SHAPES, block=BLOCKS, seed=st.integers(0, 1000))
-def test_its_fp4_is_bitsandbytes_byte_for_byte(shape, block, seed):
-    weight = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    codes, state = bitsandbytes.quantize_4bit(
-        torch.tensor(weight), blocksize=block, compress_statistics=False, quant_type="fp4"
-    )
-    found, absmax = oracle.quantize_fp4(weight, block)
-    np.testing.assert_array_equal(found, codes.flatten().numpy())
-    np.testing.assert_array_equal(absmax, state.absmax.numpy())
-    back = oracle.dequantize_fp4(found, absmax, block, shape)
-    expected = bitsandbytes.get_4bit_type("fp4", device="cpu").numpy()[np.stack([found >> 4, found & 15], 1).ravel()]
-    blocks = np.arange(weight.size) // block
-    np.testing.assert_array_equal(back.ravel(), expected[: weight.size] * absmax[blocks])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_its_codebooks_are_bitsandbytes(name):
+    expected = bitsandbytes.get_4bit_type(name, device="cpu").numpy()
+    assert CODEBOOKS[name].tobytes() == expected.tobytes()  # two zeros, neither with a sign
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_it_reads_back_the_codebooks_value_times_the_blocks_absmax(double_quant):
+    weight = np.random.default_rng(0).standard_normal((13, 33)).astype(np.float32)
+    found = oracle.quantize(weight, NF4Spec(double_quant=double_quant))
+    absmax = found.absmax
+    if double_quant:
+        absmax = dynamic_map()[found.absmax] * found.nested_absmax[0] + np.float32(found.offset)
+    nibbles = np.stack([found.codes >> 4, found.codes & 15], axis=1).reshape(-1)[: weight.size]
+    expected = CODEBOOKS["nf4"][nibbles] * absmax[np.arange(weight.size) // 64]
+    np.testing.assert_array_equal(oracle.dequantize(found).reshape(-1), expected)
 
 
 def test_its_map_of_scales_is_bitsandbytes():

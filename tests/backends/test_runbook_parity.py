@@ -148,16 +148,12 @@ def test_nf4_dequant_lm_reference_parity(backends):
     x, weight, bias = _ramp(0.11, 0.037, (5, 8), (13, 8), (13,))
     block = NF4Spec(block_size=8, double_quant=False)
     expected = oracle.dequantize(oracle.quantize(weight, block))
-    # bitsandbytes' smallest block is 32. A block of 8 is one of 32 whose other weights are zero: the same absmax, the
-    # same codes.
-    padded, wide = np.pad(weight, ((0, 0), (0, 24))), NF4Spec(block_size=32, double_quant=False)
-    stored = {name: backend.quantize(padded, wide) for name, backend in backends.items()}
+    stored = {name: backend.quantize(weight, block) for name, backend in backends.items()}
     assert stored["torch"].codes.tobytes() == stored["jax"].codes.tobytes()
     assert stored["torch"].absmax.tobytes() == stored["jax"].absmax.tobytes()
-    back = {name: backend.dequantize(stored[name])[:, :8].copy() for name, backend in backends.items()}
+    back = {name: backend.dequantize(stored[name]) for name, backend in backends.items()}
     for name in NAMES:
         np.testing.assert_array_equal(back[name], expected)
-    np.testing.assert_array_equal(backends["jax"].dequantize(backends["jax"].quantize(weight, block)), expected)
     # Half the widest gap of the codebook, of each row's largest weight.
     assert (np.abs(expected - weight) <= 0.1520 * np.abs(weight).max(axis=1, keepdims=True)).all()
     reference = oracle.linear(x.astype(np.float64), expected, bias, None, None, 1.0)
@@ -165,5 +161,5 @@ def test_nf4_dequant_lm_reference_parity(backends):
     # One neighbouring code shows.
     codes = stored["torch"].codes.copy()
     codes[0] -= 0x10
-    wrong = backends["torch"].dequantize(attrs.evolve(stored["torch"], codes=codes))[:, :8].copy()
+    wrong = backends["torch"].dequantize(attrs.evolve(stored["torch"], codes=codes))
     assert _distance(_linear("torch", x, wrong, bias), reference) > 1e-5

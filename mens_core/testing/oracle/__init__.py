@@ -8,9 +8,9 @@
                                                                                         │
                                                               merged: W + s · B A ◀─────┘
 
-Nothing here is fast and everything is float64, but for NF4, whose bytes are defined by float32 arithmetic. Gradients
-come by complex steps through the same forward functions, so that no derivative is written down that could be wrong
-in the same way as a backend's. Each function follows one formula of its source; read together they say what
+Nothing here is fast and everything is float64, but for 4-bit storage, whose bytes are defined by float32 arithmetic.
+Gradients come by complex steps through the same forward functions, so that no derivative is written down that could be
+wrong in the same way as a backend's. Each function follows one formula of its source; read together they say what
 ``mens_core.hookspecs`` says in prose.
 """
 
@@ -20,7 +20,7 @@ from mens_core.testing.oracle.decoder import Oracle, read_base
 from mens_core.testing.oracle.derivatives import directional_derivative, full_gradient
 from mens_core.testing.oracle.linear import linear, merged
 from mens_core.testing.oracle.loss import cross_entropy
-from mens_core.testing.oracle.nf4 import dequantize, dequantize_fp4, quantize, quantize_fp4
+from mens_core.testing.oracle.nf4 import dequantize, quantize
 from mens_core.testing.oracle.optimizer import Moments, adamw, clipped, global_norm
 from mens_core.testing.oracle.schedule import scheduled_rate
 
@@ -31,14 +31,12 @@ __all__ = [
     "clipped",
     "cross_entropy",
     "dequantize",
-    "dequantize_fp4",
     "directional_derivative",
     "full_gradient",
     "global_norm",
     "linear",
     "merged",
     "quantize",
-    "quantize_fp4",
     "read_base",
     "scheduled_rate",
 ]

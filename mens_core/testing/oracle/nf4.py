@@ -1,4 +1,4 @@
-"""NF4 storage (Dettmers et al. 2023, QLoRA, section 3 and appendix E), byte for byte as bitsandbytes holds it.
+"""4-bit storage (Dettmers et al. 2023, QLoRA, section 3 and appendix E), byte for byte as bitsandbytes holds it.
 
 The bytes are defined by float32 arithmetic, so this is the one file that computes in float32. The single number that
 the definition leaves open is the mean of the scales, whose last bits depend on the order in which a library sums: the
@@ -15,22 +15,27 @@ from numpy.typing import NDArray
 from mens_core.errors import ModelError
 from mens_core.exchange import NF4Spec, QuantizedWeight
 
-__all__ = ["CODEBOOK", "FP4_CODEBOOK", "NESTED_BLOCK", "dequantize", "dequantize_fp4", "quantize", "quantize_fp4"]
+__all__ = ["CODEBOOKS", "NESTED_BLOCK", "dequantize", "dynamic_map", "quantize"]
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-CODEBOOK: Floats = np.array(
+# Quantiles of a normal distribution (appendix E).
+_NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
     np.float32,
 )  # fmt: skip
-"""The 16 values of NF4 by code: quantiles of a normal distribution (appendix E)."""
-
+# A sign, two bits of exponent and one of mantissa, as bitsandbytes scales them.
 _FP4_MAGNITUDES = np.array([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12.0
-FP4_CODEBOOK: Floats = np.concatenate([_FP4_MAGNITUDES, -_FP4_MAGNITUDES]).astype(np.float32)
-"""The 16 values of FP4 by code: a sign, two bits of exponent and one of mantissa, as bitsandbytes scales them."""
+
+CODEBOOKS: dict[str, Floats] = {
+    "nf4": _NF4,
+    # A difference, because bitsandbytes' second zero has no sign.
+    "fp4": np.concatenate([_FP4_MAGNITUDES, 0.0 - _FP4_MAGNITUDES]).astype(np.float32),
+}
+"""The 16 values by code."""
 
 NESTED_BLOCK = 256
 """Scales that share a scale of their own; fixed by bitsandbytes."""
@@ -43,7 +48,7 @@ def quantize(weight: Floats, spec: NF4Spec, *, offset: float | None = None) -> Q
 
     Args:
         weight: (out, in) float32.
-        spec: any block size; whether the scales are quantised too.
+        spec: block size, codebook, and whether the scales are quantised too.
         offset: the mean to subtract from the scales, for spec.double_quant; None for the exactly rounded one.
 
     Raises:
@@ -51,7 +56,7 @@ def quantize(weight: Floats, spec: NF4Spec, *, offset: float | None = None) -> Q
     """
     if not np.isfinite(weight).all():
         raise ModelError("a weight that is not finite cannot be stored in NF4", where=f"shape {weight.shape}")
-    codes, absmax = _blocks(weight, spec.block_size, CODEBOOK)
+    codes, absmax = _blocks(weight, spec)
     if not spec.double_quant:
         return QuantizedWeight(
             codes=codes, absmax=absmax, nested_absmax=None, offset=0.0, shape=weight.shape, spec=spec
@@ -69,21 +74,15 @@ def dequantize(quantized: QuantizedWeight) -> Floats:
     if quantized.nested_absmax is not None:
         scales = np.repeat(quantized.nested_absmax, NESTED_BLOCK)[: absmax.size]
         absmax = dynamic_map()[quantized.absmax] * scales + np.float32(quantized.offset)
-    return _values(quantized.codes, absmax, quantized.spec.block_size, quantized.shape, CODEBOOK)
+    size, spec = int(np.prod(quantized.shape)), quantized.spec
+    nibbles = np.stack([quantized.codes >> 4, quantized.codes & 15], axis=1).reshape(-1)[:size]
+    values = CODEBOOKS[spec.codebook][nibbles] * np.repeat(absmax, spec.block_size)[:size]
+    return values.reshape(quantized.shape)
 
 
-def quantize_fp4(weight: Floats, block_size: int) -> tuple[Bytes, Floats]:
-    """FP4, which no contract asks for: (codes, absmax) as ``bitsandbytes.functional.quantize_4bit`` makes them."""
-    return _blocks(weight, block_size, FP4_CODEBOOK)
-
-
-def dequantize_fp4(codes: Bytes, absmax: Floats, block_size: int, shape: tuple[int, ...]) -> Floats:
-    """The inverse of ``quantize_fp4``, up to what four bits hold."""
-    return _values(codes, absmax, block_size, shape, FP4_CODEBOOK)
-
-
-def _blocks(weight: Floats, block_size: int, codebook: Floats) -> tuple[Bytes, Floats]:
+def _blocks(weight: Floats, spec: NF4Spec) -> tuple[Bytes, Floats]:
     """Codes, two a byte and the earlier one high, and the absmax of each block; the last block may be short."""
+    block_size, codebook = spec.block_size, CODEBOOKS[spec.codebook]
     starts = np.arange(0, weight.size, block_size)
     flat = weight.astype(np.float32).reshape(-1)
     absmax = np.maximum.reduceat(np.abs(flat), starts)
@@ -106,11 +105,6 @@ def _nearest(values: Floats, codebook: Floats) -> Bytes:
     rising = codebook[order]
     middles = (rising[:-1] + rising[1:]) / np.float32(2)
     return order[np.searchsorted(middles, values, side="left")].astype(np.uint8)
-
-
-def _values(codes: Bytes, absmax: Floats, block_size: int, shape: tuple[int, ...], codebook: Floats) -> Floats:
-    nibbles = np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)[: int(np.prod(shape))]
-    return (codebook[nibbles] * np.repeat(absmax, block_size)[: nibbles.size]).reshape(shape)
 
 
 def _nested(centred: Floats) -> tuple[Bytes, Floats]:
