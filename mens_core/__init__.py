@@ -13,6 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mens_core.artifacts.compare import compare_adapters
+    from mens_core.artifacts.convert import convert_adapter
+    from mens_core.artifacts.describe import describe_adapter
     from mens_core.certification import certify
     from mens_core.contract import FineTuneContract
     from mens_core.corpus.mix import mix
@@ -61,6 +64,9 @@ _HOMES = {
     "TrainingState": "exchange",
     "Workload": "plan",
     "certify": "certification",
+    "compare_adapters": "artifacts.compare",
+    "convert_adapter": "artifacts.convert",
+    "describe_adapter": "artifacts.describe",
     "evaluate_model": "evaluation",
     "examine": "doctor",
     "generate": "generation",
@@ -95,6 +101,9 @@ __all__ = [
     "TrainingState",
     "Workload",
     "certify",
+    "compare_adapters",
+    "convert_adapter",
+    "describe_adapter",
     "evaluate_model",
     "examine",
     "generate",

@@ -25,7 +25,11 @@ from mens_core.errors import ModelError
 from mens_core.exchange import NF4Spec
 from mens_core.hf.files import read_json
 
-__all__ = ["Meta", "read_meta", "read_meta_adapter"]
+__all__ = ["META_WEIGHTS", "V2_META", "Meta", "read_meta", "read_meta_adapter"]
+
+#: What the files are called that ``adapter convert`` writes; the older system takes any name.
+META_WEIGHTS = "adapter.safetensors"
+V2_META = "adapter_meta_v2.json"
 
 _FORMATS = {
     "vox_mens_qlora_lora_only_v2": 2,
