@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mens_core.preview import preview_rows
     from mens_core.random_model import write_random_model
     from mens_core.training.run import RunResult
+    from mens_core.verification import verify_run
 
 _HOMES = {
     "BackendInfo": "plugins",
@@ -76,6 +77,7 @@ _HOMES = {
     "merge": "merging.merge",
     "mix": "corpus.mix",
     "preview_rows": "preview",
+    "verify_run": "verification",
     "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
 }
@@ -113,6 +115,7 @@ __all__ = [
     "merge",
     "mix",
     "preview_rows",
+    "verify_run",
     "write_pairs",
     "write_random_model",
 ]

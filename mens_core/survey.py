@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -67,10 +65,8 @@ class Base:
         """Sha256 of config and tokenizer under names that hold no path; of the weights, names, types and shapes."""
         files = {"config.json": self.folder / "config.json"}
         files |= {"tokenizer.json": self.tokenizer_file} if self.tokenizer == "hf" else {}
-        headers = sorted((name, info.dtype, info.shape) for name, info in self.inventory.tensors.items())
-        described = hashlib.sha256(json.dumps(headers).encode()).hexdigest()
         hashes = {name: sha256_file(path) for name, path in files.items()}
-        return hashes | {"weight_headers": described, "chat": self.encoder.chat.digest}
+        return hashes | {"weight_headers": self.inventory.digest, "chat": self.encoder.chat.digest}
 
 
 @attrs.frozen(kw_only=True)

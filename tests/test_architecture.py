@@ -130,6 +130,7 @@ def test_the_public_surface_is_what_it_says():
         "merge",
         "mix",
         "preview_rows",
+        "verify_run",
         "write_pairs",
         "write_random_model",
     ]

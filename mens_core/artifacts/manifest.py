@@ -77,6 +77,7 @@ def _planned(plan: ExecutionPlan, plugin: str) -> dict[str, Any]:
         "adapter_tag": contract.adapter.adapter_tag,
         "training_deployment_target": contract.output.deployment_target,
         "train_file": str(plan.train_file),
+        "eval_file": str(plan.eval_file) if plan.eval_file is not None else None,
         "rank": contract.adapter.rank,
         "alpha": contract.adapter.alpha,
         "seq_len": contract.data.seq_len,

@@ -19,14 +19,15 @@ import filelock
 from mens_core.errors import RunDirectoryError
 from mens_core.sections import OutputSpec
 
-__all__ = ["MANIFEST", "RunDirectory"]
+__all__ = ["MANIFEST", "PREFLIGHT", "RunDirectory"]
 
 MANIFEST = "training_manifest.json"
+PREFLIGHT = "training-preflight.json"
 
 # What a run writes, and all that overwriting one may remove.
 _RUN_FILES = (
     MANIFEST,
-    "training-preflight.json",
+    PREFLIGHT,
     "parity.json",
     "telemetry.jsonl",
     "MODEL_CARD.md",
@@ -58,7 +59,7 @@ class RunDirectory:
     @property
     def preflight(self) -> Path:
         """training-preflight.json."""
-        return self.path / "training-preflight.json"
+        return self.path / PREFLIGHT
 
     @property
     def telemetry(self) -> Path:
@@ -69,6 +70,10 @@ class RunDirectory:
     def model_card(self) -> Path:
         """MODEL_CARD.md."""
         return self.path / "MODEL_CARD.md"
+
+    def written(self) -> tuple[Path, ...]:
+        """The files that the run has written so far, the manifest left out."""
+        return tuple(self.path / name for name in _RUN_FILES if name != MANIFEST and (self.path / name).is_file())
 
     @classmethod
     @contextmanager

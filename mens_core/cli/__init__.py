@@ -28,6 +28,7 @@ VERBS = {
     "eval": "measure the loss of a model, with or without its adapter, on rows",
     "generate": "answer a prompt with a base and, if given, its adapter",
     "adapter": "describe adapters, compare them, and write them in other formats",
+    "verify": "recheck every hash and claim that a run's manifest holds",
     "corpus": "make, mix and examine the rows to train on",
     "data": "show the rows as training sees them",
     "presets": "list the named settings",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +64,12 @@ class Inventory:
     def stored_bytes(self) -> int:
         """The size of all tensors on disk, in bytes, headers not counted."""
         return sum(info.stop - info.start for info in self.tensors.values())
+
+    @property
+    def digest(self) -> str:
+        """Sha256, as hexadecimal text, over names, types and shapes of all tensors."""
+        headers = sorted((name, info.dtype, info.shape) for name, info in self.tensors.items())
+        return hashlib.sha256(json.dumps(headers).encode()).hexdigest()
 
 
 @attrs.frozen

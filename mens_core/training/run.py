@@ -99,7 +99,8 @@ def run_plan(
         except BaseException as error:
             manifest.finish("failed", error=f"{type(error).__name__}: {error}")
             raise
-        manifest.finish("complete", results=results, estimate=_estimate(plan, results))
+        hashes = manifest.fields["sha256"] | {"run_files": {file.name: sha256_file(file) for file in folder.written()}}
+        manifest.finish("complete", results=results, estimate=_estimate(plan, results), sha256=hashes)
         return RunResult(
             output_dir=folder.path,
             adapter_dir=folder.path,
