@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         StepMetrics,
         TrainingState,
     )
-    from mens_core.generation import generate
+    from mens_core.generation import Conversation, generate
     from mens_core.hookspecs import hookimpl
     from mens_core.measuring import measure_speeds
     from mens_core.merging.merge import merge
@@ -49,6 +49,7 @@ _HOMES = {
     "BaseWeights": "plan",
     "Batch": "exchange",
     "BatchShape": "exchange",
+    "Conversation": "generation",
     "ExecutionPlan": "plan",
     "FineTuneContract": "contract",
     "GateVerdict": "plan",
@@ -87,6 +88,7 @@ __all__ = [
     "BaseWeights",
     "Batch",
     "BatchShape",
+    "Conversation",
     "ExecutionPlan",
     "FineTuneContract",
     "GateVerdict",

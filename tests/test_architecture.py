@@ -102,6 +102,7 @@ def test_the_public_surface_is_what_it_says():
         "BaseWeights",
         "Batch",
         "BatchShape",
+        "Conversation",
         "ExecutionPlan",
         "FineTuneContract",
         "GateVerdict",

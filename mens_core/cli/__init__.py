@@ -27,6 +27,7 @@ VERBS = {
     "merge-adapter": "make one model of a base and any adapter, or several",
     "eval": "measure the loss of a model, with or without its adapter, on rows",
     "generate": "answer a prompt with a base and, if given, its adapter",
+    "chat": "talk with a base and, if given, its adapter",
     "adapter": "describe adapters, compare them, and write them in other formats",
     "verify": "recheck every hash and claim that a run's manifest holds",
     "corpus": "make, mix and examine the rows to train on",
