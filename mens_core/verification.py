@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from mens_core.artifacts.adapters import open_adapter
+from mens_core.artifacts.adapters import open_adapter, weights_of
 from mens_core.artifacts.files import sha256_file
 from mens_core.artifacts.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mens_core.artifacts.rundir import MANIFEST, PREFLIGHT
@@ -155,6 +155,10 @@ def _of_run(folder: Path, manifest: Mapping[str, Any]) -> Iterator[_Claim]:
         adapter = open_adapter(folder)
         return {"ranks": sorted({pair.rank for pair in adapter.pairs.values()}), "scales": _scales(adapter.pairs)}
 
+    if "start_adapter" in manifest["sha256"]:
+        start = Path(contract["start_from"])
+        recorded = manifest["sha256"]["start_adapter"]
+        yield _Claim("adapter that it went on from", recorded, lambda: sha256_file(weights_of(start)))
     written: Mapping[str, str] = manifest["sha256"].get("run_files", {})
     for name in written or (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         yield _Claim(f"run, {name}", written.get(name), lambda name=name: sha256_file(folder / name))  # type: ignore[misc]

@@ -139,6 +139,15 @@ def test_a_manifest_without_hashes_of_the_runs_files_does_not_hold(restored):
     assert _states(restored / "run")["run, adapter_model.safetensors"] == "missing"
 
 
+def test_the_adapter_that_a_run_went_on_from_is_held_to_it_too(restored):
+    fields = {"model": str(restored / "base"), "data_dir": restored / "data", "backend": "torch", "rank": 2}
+    mens_core.convert_adapter(restored / "run", "mlx", restored / "start")
+    Planner().run(**fields, output_dir=restored / "further", start_from=restored / "start", seq_len=512, max_steps=1)
+    assert _states(restored / "further")["adapter that it went on from"] == "ok"
+    _flipped(restored / "start" / "adapters.safetensors", -1)
+    assert _states(restored / "further")["adapter that it went on from"] == "changed"
+
+
 def test_a_base_that_has_gone_is_missing_and_the_rest_is_still_looked_at(restored):
     (restored / "base").rename(restored / "elsewhere")
     states = _states(restored / "run")

@@ -66,5 +66,5 @@ CURVE = 2e-5
 
 # The norm of s·B·A, or of the difference of two, from the triangles of QR in float64, against the formed matrices,
 # relative to the norms together: products and reflections of at most some tens of terms, each rounded to 1.1e-16.
-# Observed: 1.3e-15.
+# Observed: 1.7e-15 in 20,000 draws.
 NORM = 1e-13

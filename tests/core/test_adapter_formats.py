@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mens_core import convert_adapter, describe_adapter
-from mens_core.artifacts.adapters import open_adapter
+from mens_core.artifacts.adapters import open_adapter, weights_of
 from mens_core.artifacts.tensors import read_tensors, write_tensors
 from mens_core.cli import main
 from mens_core.errors import ModelError
@@ -61,6 +61,7 @@ def test_there_and_back_gives_the_same_bits(tmp_path, family, there, back):
     assert same(start, tmp_path / "there")
     assert same(start, tmp_path / "back")
     assert open_adapter(tmp_path / "back").kind == back
+    assert [weights_of(tmp_path / "back")] == [*(tmp_path / "back").glob("*.safetensors")]
     assert open_adapter(tmp_path / "back").base_model == "somebody/a-base"
 
 
