@@ -194,8 +194,8 @@ def _provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         contract = manifest["plan"]["contract"]
         found["method"] = contract["method"]
         found["base_sha256"] = dict(manifest.get("sha256", {}).get("base_shards", {}))
-        rows = Path(manifest.get("train_file", "train.jsonl")).with_name("eval.jsonl")
-        found["held_out"] = rows if rows.is_file() else None
+        rows = manifest.get("eval_file")
+        found["held_out"] = Path(rows) if rows is not None and Path(rows).is_file() else None
         if contract["method"] == "qlora":
             found["nf4"] = NF4Spec(block_size=contract["block_size"], double_quant=contract["double_quant"])
     except (KeyError, TypeError, AttributeError) as error:
