@@ -27,6 +27,10 @@ __all__ = ["merge"]
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COMMANDS = {"lora": "merge-weights", "qlora": "merge-qlora"}
 
+# No room is left, here or for one file; and no file can be made in this place.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
 
 def merge(
     adapters: Sequence[tuple[str | Path, float]],
@@ -166,12 +170,12 @@ def _written(layout: Layout | None) -> NF4Spec:
 
 
 def _unwritten(error: OSError, output: Path) -> ModelError:
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    full, closed = error.errno in _FULL, error.errno in _CLOSED
     return ModelError(
         f"the merged model cannot be written: {error.strerror or error}",
         where=error.filename or output,
-        expected="room for a model as large as its base" if full else "a folder in which files can be made",
-        fix="free some room, or choose another --output" if full else "choose another --output",
+        expected="room for a model as large as its base" if full else None,
+        fix="free some room, or choose another --output" if full else "choose another --output" if closed else None,
     )
 
 

@@ -9,7 +9,7 @@ import tolerances
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
+from peft_adapters import peft_adapter
 from transformers import AutoModelForCausalLM
 
 import mens_core
@@ -31,11 +31,7 @@ def adapted(tmp_path_factory):
     for number, (family, config) in enumerate(tiny.CONFIGS.items()):
         base, adapter = root / family, root / f"{family}-adapter"
         tiny.write_model(base, family, config | WIDTHS.get(family, _WIDE), seed=number)
-        torch.manual_seed(number)
-        model = AutoModelForCausalLM.from_pretrained(base)
-        lora = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", init_lora_weights=False)
-        lora.fan_in_fan_out = family == "gpt2"
-        get_peft_model(model, lora).save_pretrained(adapter)
+        peft_adapter(base, adapter)
         folders[family] = base, adapter
     return folders
 
@@ -110,11 +106,7 @@ def test_a_checkpoint_in_nf4_has_a_quarter_of_the_size_and_opens_from_shards(ada
 
 def test_rows_that_are_no_whole_blocks_are_stored_and_the_report_says_who_misreads_them(tmp_path):
     tiny.write_model(tmp_path / "base", "llama", tiny.CONFIGS["llama"])
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
-    )
-    model.save_pretrained(tmp_path / "adapter")
+    peft_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
     report = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "nf4", quantize="nf4")
     assert any("rows of 48, 50" in note and "CPU" in note for note in report["notes"])
 
