@@ -1,8 +1,8 @@
-"""One merge in a process of its own, run by ``test_merge_streams.py`` and ``test_merge_faults.py``.
+"""Merges in a process of their own, run by ``test_merge_streams.py`` and ``test_merge_faults.py``.
 
-python merge_child.py FOLDER MODE
+python merge_child.py FOLDER MODE …
 
-    plain    merge FOLDER/adapter into FOLDER/base as FOLDER/out; print the peak of memory above the imports in bytes
+    plain    merge FOLDER/adapter into FOLDER/base as FOLDER/plain; print the peak of memory above that before, in bytes
     hold     the same, never telling the system that pages need not stay: the mistake that must show
     small    the same as plain, and no file may become larger than a few thousand bytes
     killed   the same as plain, and the process kills itself once the fourth tensor is merged
@@ -23,26 +23,29 @@ from mens_core.plugins import load_backend
 LARGEST_FILE = 20_000
 
 
-def main() -> int:
-    """Run one mode."""
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
+def main() -> None:
+    """Run one mode after the other."""
     load_backend("torch")
+    for mode in sys.argv[2:]:
+        sys.stdout.write(f"{run(Path(sys.argv[1]), mode)}\n")
+
+
+def run(folder: Path, mode: str) -> int | MensError:
+    """Bytes, or the error that it ended with."""
     if mode == "hold":
         TensorFolder.forget = lambda _: None
     if mode == "small":
         resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     if mode == "killed":
         kill_after(4)
-    # What the imports took for a moment is not the merge's: the mark of the highest use starts anew.
+    # What came before is not this merge's: the mark of the highest use starts anew.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     try:
-        mens_core.merge([(folder / "adapter", 1.0)], base=folder / "base", output=folder / "out", backend="torch")
+        mens_core.merge([(folder / "adapter", 1.0)], base=folder / "base", output=folder / mode, backend="torch")
     except MensError as error:
-        sys.stdout.write(f"{error}\n")
-        return 2
-    sys.stdout.write(f"{resident('VmHWM') - before}\n")
-    return 0
+        return error
+    return resident("VmHWM") - before
 
 
 def kill_after(count: int) -> None:
@@ -65,4 +68,4 @@ def resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
