@@ -23,7 +23,15 @@ from mens_core.hf.inventory import Inventory
 from mens_core.hf.keymap import canonical_name
 from mens_core.hf.layout import Layout
 from mens_core.merging.binding import HEAD, Binding
-from mens_core.merging.nf4_checkpoint import Part, as_rows, quantization_config, quantize_merged, row_notes, write_parts
+from mens_core.merging.nf4_checkpoint import (
+    Part,
+    as_rows,
+    filled,
+    quantization_config,
+    quantize_merged,
+    row_notes,
+    write_parts,
+)
 from mens_core.merging.numbers import TensorError, merged_blocks
 from mens_core.merging.output import copy_companions, write_card, write_weights
 
@@ -134,11 +142,12 @@ class Job:
         backend, transposed, pair = self._wanted.backend, self._is_transposed(), self._binding.updates.get(name)
         try:
             weight = self._binding.whole[name] if name in self._binding.whole else self._weight(name)
+            before = backend.quantize(as_rows(weight, transposed), spec)
             if pair is None:
-                return backend.quantize(as_rows(weight, transposed), spec)
+                return before
             error = self._errors.setdefault(name, TensorError())
-            merged = np.concatenate([*merged_blocks(weight, pair, np.dtype(np.float32), backend, error)])
-            return quantize_merged(as_rows(weight, transposed), as_rows(merged, transposed), spec, backend, error)
+            merged = filled(weight.shape, merged_blocks(weight, pair, np.dtype(np.float32), backend, error))
+            return quantize_merged(before, as_rows(merged, transposed), backend, error)
         finally:
             self._tensors.forget()
 

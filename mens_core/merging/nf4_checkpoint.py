@@ -31,7 +31,7 @@ from mens_core.merging.numbers import TensorError
 from mens_core.nf4 import CODEBOOKS
 from mens_core.nf4_scales import NESTED_BLOCK, dynamic_map
 
-__all__ = ["Part", "as_rows", "quantization_config", "quantize_merged", "row_notes", "write_parts"]
+__all__ = ["Part", "as_rows", "filled", "quantization_config", "quantize_merged", "row_notes", "write_parts"]
 
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {np.dtype(np.uint8): "U8", np.dtype(np.float32): "F32"}
@@ -64,23 +64,31 @@ def as_rows(weight: NDArray[Any], transposed: bool) -> NDArray[np.float32]:
     return np.ascontiguousarray(weight.T if transposed else weight, np.float32)
 
 
+def filled(shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Blocks of rows as one array, of which no second copy is made."""
+    whole, row = np.empty(shape, np.float32), 0
+    for block in blocks:
+        whole[row : row + len(block)] = block
+        row += len(block)
+    return whole
+
+
 def quantize_merged(
-    base: NDArray[np.float32], merged: NDArray[np.float32], spec: NF4Spec, backend: Backend, error: TensorError
+    before: QuantizedWeight, merged: NDArray[np.float32], backend: Backend, error: TensorError
 ) -> QuantizedWeight:
-    """Store a merged weight and state what storing it took away.
+    """Store a merged weight as its base would be, and state what storing it took away.
 
     Args:
-        base: (out, in), the weight before.
-        merged: (out, in), the weight after.
-        spec: how it is stored.
+        before: the weight that was merged onto, stored.
+        merged: (out, in).
         backend: whose ``mens_quantize`` and ``mens_dequantize`` compute.
-        error: gets the rounding, and for the elements that changed those with another code than the base would have:
-            where no code changes, the update is lost whatever the scales do.
+        error: gets the rounding, and for the elements that changed those with another code than the base's: where no
+            code changes, the update is lost whatever the scales do.
     """
-    quantized = backend.quantize(merged, spec)
-    lost = backend.dequantize(quantized) - merged
-    error.rounding = math.sqrt(float(np.vdot(lost, lost)))
-    different = quantized.codes ^ backend.quantize(base, spec).codes
+    quantized = backend.quantize(merged, before.spec)
+    rows = zip(backend.dequantize(quantized), merged, strict=True)
+    error.rounding = math.sqrt(sum(float(np.square(back - row).sum()) for back, row in rows))
+    different = quantized.codes ^ before.codes
     error.changed = int(np.count_nonzero(different & 0xF0)) + int(np.count_nonzero(different & 0x0F))
     return quantized
 
