@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import mens_core
 from mens_core.artifacts.tensors import open_tensors
+from mens_core.cli import main
 from mens_core.errors import MensError, ModelError
 from mens_core.exchange import NF4Spec
 from mens_core.plugins import load_backend
@@ -134,3 +135,14 @@ def test_what_cannot_be_written_in_nf4_is_refused(adapted, tmp_path):
         merge(base, adapter, tmp_path / "out", quantize="int3")
     with pytest.raises(MensError, match="single tensors are written in float32"):
         merge(base, adapter, tmp_path / "out", quantize="nf4", subset=True)
+
+
+def test_the_command_writes_nf4_and_says_that_nothing_was_run(adapted, tmp_path, capsys):
+    base, adapter = adapted["llama"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    words = ["--adapter", adapter, "--base", base, "--output", tmp_path / "out", "--held-out", tmp_path / "rows.jsonl"]
+    assert main(["merge-adapter", *map(str, words), "--backend", "torch", "--quantize", "nf4"]) == 0
+    assert "open no checkpoint that is in NF4" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["quantize"] == {"block_size": 64, "double_quant": True, "codebook": "nf4"}
+    assert 0 < report["totals"]["changed"] < report["totals"]["elements"]
