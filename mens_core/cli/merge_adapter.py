@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="original: the base's own weights (default); quantized: as NF4 gives them back, which a QLoRA adapter was "
         "trained on",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("nf4",),
+        help="write the linear layers in NF4 as bitsandbytes stores it, which transformers opens as it is",
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     parser.add_argument("--backend", metavar="NAME", help="who computes (default: the first that is installed)")
     parser.add_argument(
@@ -78,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         subset=(arguments.format or ("subset" if arguments.base_shard else "full")) == "subset",
         dtype=arguments.dtype,
         quantized=arguments.onto == "quantized",
+        quantize=arguments.quantize,
         max_shard_bytes=_bytes(arguments.max_shard_size),
         backend=arguments.backend,
         base_changed_anyway=arguments.base_changed_anyway,

@@ -17,18 +17,29 @@ from mens_core.artifacts.tensors import AnyArray, StoredBytes, TensorFolder, str
 from mens_core.atomic import appearing
 from mens_core.backend import Backend
 from mens_core.errors import ModelError
-from mens_core.exchange import NF4Spec
+from mens_core.exchange import NF4Spec, QuantizedWeight
 from mens_core.hf.header import FLOATS
 from mens_core.hf.inventory import Inventory
 from mens_core.hf.keymap import canonical_name
 from mens_core.hf.layout import Layout
 from mens_core.merging.binding import HEAD, Binding
+from mens_core.merging.nf4_checkpoint import (
+    Part,
+    as_rows,
+    filled,
+    quantization_config,
+    quantize_merged,
+    row_notes,
+    write_parts,
+)
 from mens_core.merging.numbers import TensorError, merged_blocks
 from mens_core.merging.output import copy_companions, write_card, write_weights
 
 __all__ = ["REPORT", "Job", "Wanted"]
 
 REPORT = "merge_report.json"
+# Layers in NF4 lie here until their sizes are known and the weight files are put together.
+_SCRATCH = ".layers"
 _HANDOFF = "external_serving_handoff_v1.json"
 
 _NUMPY = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -47,6 +58,7 @@ class Wanted:
         backend: which computes.
         dtype: code of the format of all weights; None to keep each as it is.
         storage: the NF4 in which the base is taken; None for the original.
+        quantize: the NF4 in which the linear layers are written; None for weights that need no dequantising.
         max_shard_bytes: of a weight file.
     """
 
@@ -55,6 +67,7 @@ class Wanted:
     backend: Backend
     dtype: str | None
     storage: NF4Spec | None
+    quantize: NF4Spec | None
     max_shard_bytes: int
 
 
@@ -76,6 +89,7 @@ class Job:
         self._inventory, self._tensors = inventory, TensorFolder(inventory)
         self._subset = False
         self._errors: dict[str, TensorError] = {}
+        self._parts: dict[str, Part] = {}
 
     def write_folder(self) -> dict[str, Any]:
         """A complete model."""
@@ -87,14 +101,13 @@ class Job:
                 fix="--format subset, which writes the merged tensors alone; or --base DIR",
             )
         with appearing(wanted.output) as building:
-            specs = {name: (self._code(name), info.shape) for name, info in self._inventory.tensors.items()}
-            if self._binding.untied is not None:
-                table = self._binding.untied
-                specs[HEAD] = self._code(table), self._inventory.tensors[table].shape
+            names = [*self._inventory.tensors, *([HEAD] if self._binding.untied is not None else [])]
+            scratch = building / _SCRATCH
+            specs = {part: spec for name in names for part, spec in self._specs(name, scratch).items()}
             files = write_weights(building, specs, self._blocks, max_shard_bytes=wanted.max_shard_bytes)
-            untied = self._binding.untied is not None
-            copy_companions(folder, building, self._layout.config, dtype=wanted.dtype, untied=untied)
-            report = self._report(specs) | {"files": files}
+            scratch.unlink(missing_ok=True)
+            copy_companions(folder, building, self._config(), dtype=wanted.dtype, untied=HEAD in names[-1:])
+            report = self._report(names) | {"files": files}
             write_json(building / REPORT, report)
             write_json(building / _HANDOFF, self._handoff(report))
             write_card(building, report, None)
@@ -111,10 +124,41 @@ class Job:
         specs = {name: ("F32", tensors[self._source(name)].shape) for name in names}
         stream_tensors(output, specs, self._blocks, {"format": "pt"})
         try:
-            return self._report(specs) | {"files": [output.name]}
+            return self._report(names) | {"files": [output.name]}
         except ModelError:
             output.unlink()
             raise
+
+    def _specs(self, name: str, scratch: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What the result holds of a tensor: itself, or the parts that it has in NF4, which are made here."""
+        if self._wanted.quantize is None or not self._is_linear(name):
+            source = self._source(name)
+            return {name: (self._code(source), self._inventory.tensors[source].shape)}
+        parts = write_parts(scratch, name, self._in_nf4(name, self._wanted.quantize), self._code(name))
+        self._parts |= parts
+        return {part: (made.code, made.shape) for part, made in parts.items()}
+
+    def _in_nf4(self, name: str, spec: NF4Spec) -> QuantizedWeight:
+        backend, transposed, pair = self._wanted.backend, self._is_transposed(), self._binding.updates.get(name)
+        try:
+            weight = self._binding.whole[name] if name in self._binding.whole else self._weight(name)
+            before = backend.quantize(as_rows(weight, transposed), spec)
+            if pair is None:
+                return before
+            error = self._errors.setdefault(name, TensorError())
+            merged = filled(weight.shape, merged_blocks(weight, pair, np.dtype(np.float32), backend, error))
+            return quantize_merged(before, as_rows(merged, transposed), backend, error)
+        finally:
+            self._tensors.forget()
+
+    def _config(self) -> dict[str, Any]:
+        assert self._layout is not None, "a folder has its config.json"
+        config = dict(self._layout.config)
+        if self._wanted.quantize is not None:
+            codes = [self._code(name) for name in self._inventory.tensors if self._is_linear(name)]
+            config["quantization_config"] = quantization_config(self._wanted.quantize, codes[0])
+            self._notes += row_notes(self._inventory.linears.values(), self._wanted.quantize)
+        return config
 
     def _source(self, name: str) -> str:
         """The tensor of the base that one of the result is made from."""
@@ -133,6 +177,8 @@ class Job:
             self._tensors.forget()
 
     def _made(self, name: str) -> Iterable[AnyArray | StoredBytes]:
+        if name in self._parts:
+            return (self._parts[name].stored,)
         source = self._source(name)
         code = self._code(source)
         if name in self._binding.whole:
@@ -155,19 +201,23 @@ class Job:
         backend, storage = self._wanted.backend, self._wanted.storage
         assert storage is not None
         # A backend quantises weights as (out, in), in the order in which it multiplies by them.
-        transposed = self._layout is not None and self._layout.family == "gpt2"
-        weight = np.ascontiguousarray(stored.T if transposed else stored, np.float32)
-        back = backend.dequantize(backend.quantize(weight, storage))
+        transposed = self._is_transposed()
+        back = backend.dequantize(backend.quantize(as_rows(stored, transposed), storage))
         return back.T if transposed else back
 
     def _is_quantised(self, name: str) -> bool:
-        if self._wanted.storage is None or self._layout is None:
-            return False
-        return canonical_name(self._layout, name).removesuffix(".weight") in self._inventory.linears and name.endswith(
-            ".weight"
-        )
+        return self._wanted.storage is not None and self._is_linear(name)
 
-    def _report(self, specs: Mapping[str, Any]) -> dict[str, Any]:
+    def _is_linear(self, name: str) -> bool:
+        """Whether it is the weight of one of the decoder's linear layers, which QLoRA keeps in NF4."""
+        if self._layout is None or not name.endswith(".weight"):
+            return False
+        return canonical_name(self._layout, name).removesuffix(".weight") in self._inventory.linears
+
+    def _is_transposed(self) -> bool:
+        return self._layout is not None and self._layout.family == "gpt2"
+
+    def _report(self, names: Sequence[str]) -> dict[str, Any]:
         errors = self._errors.values()
         changed, elements = (sum(getattr(error, name) for error in errors) for name in ("changed", "elements"))
         if not self._binding.whole and changed < _LEAST_CHANGED * elements:
@@ -175,7 +225,7 @@ class Job:
                 f"the merge changes {changed:,} of {elements:,} weights, next to nothing",
                 where=", ".join(str(adapter.source) for adapter, _ in self._wanted.adapters),
                 expected="an adapter that was trained",
-                fix="--dtype float32, if its update is finer than the base's format",
+                fix="--dtype float32 without --quantize, if its update is finer than the format",
             )
         base, update, rounding = (
             math.hypot(*(getattr(error, name) for error in errors)) for name in ("base", "update", "rounding")
@@ -194,10 +244,11 @@ class Job:
             ],
             "head_untied": self._binding.untied is not None,
             "dtype": wanted.dtype or "as the base's",
+            "quantize": None if wanted.quantize is None else attrs.asdict(wanted.quantize),
             "totals": {
                 "merged": len(self._errors),
                 "replaced_whole": len(self._binding.whole),
-                "copied": len(specs) - len(self._errors) - len(self._binding.whole),
+                "copied": len(names) - len(self._errors) - len(self._binding.whole),
                 "elements": elements,
                 "changed": changed,
                 "relative_update": update / base if base else 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ __all__ = ["merge"]
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _COMMANDS = {"lora": "merge-weights", "qlora": "merge-qlora"}
 
+# No room is left, here or for one file; and no file can be made in this place.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
 
 def merge(
     adapters: Sequence[tuple[str | Path, float]],
@@ -37,6 +42,7 @@ def merge(
     subset: bool = False,
     dtype: str | None = None,
     quantized: bool = False,
+    quantize: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     backend: str | None = None,
     base_changed_anyway: bool = False,
@@ -54,6 +60,7 @@ def merge(
         subset: whether the merged tensors alone are written, in float32, as the older system does.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None to keep each tensor's format.
         quantized: whether the update is added to the base as NF4 gives it back, instead of the original.
+        quantize: ``nf4`` to write the linear layers of the decoder in NF4, as bitsandbytes and transformers store it.
         max_shard_bytes: largest weight file.
         backend: whose ``mens_merge`` computes; None for the first that is installed.
         base_changed_anyway: whether a base with other weights than those of the training is taken.
@@ -68,6 +75,7 @@ def merge(
     started = time.perf_counter()
     opened = [(open_adapter(Path(path), Path(meta) if meta else None), weight) for path, weight in adapters]
     _check(opened, method, dtype)
+    _check_quantize(quantize, subset=subset)
     folder, shards = _find(base, opened[0][0])
     layout = read_layout(folder) if folder is not None else None
     inventory = read_shards(shards, layout) if shards else read_inventory(_given(folder), layout)
@@ -79,14 +87,21 @@ def merge(
         backend=load_backend(backend or _first_installed()),
         dtype=None if dtype is None else _DTYPES[dtype],
         storage=_storage(opened[0][0], layout) if quantized else None,
+        quantize=_written(layout) if quantize else None,
         max_shard_bytes=max_shard_bytes,
     )
     job = Job(wanted, inventory, layout, binding, [note for note in notes if note])
-    report = job.write_subset() if subset else job.write_folder()
+    try:
+        report = job.write_subset() if subset else job.write_folder()
+    except OSError as error:
+        raise _unwritten(error, Path(output)) from error
     report["seconds"] = round(time.perf_counter() - started, 3)
     rows = Path(held_out) if held_out else opened[0][0].held_out
     if rows is not None and folder is not None and not subset:
-        report["fidelity"] = _fidelity(combined(opened), folder, Path(output), rows, wanted.backend.name)
+        if quantize:
+            report["fidelity"] = {"not_measured": "the backends open no checkpoint that is in NF4 already"}
+        else:
+            report["fidelity"] = _fidelity(combined(opened), folder, Path(output), rows, wanted.backend.name)
         write_json(Path(output) / REPORT, report)
     return report
 
@@ -138,13 +153,43 @@ def _given(folder: Path | None) -> Path:
     return folder
 
 
+def _check_quantize(quantize: str | None, *, subset: bool) -> None:
+    if quantize not in {None, "nf4"}:
+        raise ContractError(f"there is no storage {quantize!r} for weights", where="quantize", expected="nf4")
+    if quantize and subset:
+        raise ContractError(
+            "single tensors are written in float32", where="quantize", fix="--base DIR, for a model in NF4"
+        )
+
+
+def _written(layout: Layout | None) -> NF4Spec:
+    """The NF4 of a checkpoint: as most are written, whatever the run was trained on."""
+    if layout is None or layout.family is None:
+        raise _not_known(layout, "without --quantize, in the base's format")
+    return NF4Spec()
+
+
+def _unwritten(error: OSError, output: Path) -> ModelError:
+    full, closed = error.errno in _FULL, error.errno in _CLOSED
+    return ModelError(
+        f"the merged model cannot be written: {error.strerror or error}",
+        where=error.filename or output,
+        expected="room for a model as large as its base" if full else None,
+        fix="free some room, or choose another --output" if full else "choose another --output" if closed else None,
+    )
+
+
+def _not_known(layout: Layout | None, fix: str) -> ModelError:
+    return ModelError(
+        "which layers of this model are quantised is not known",
+        where=f"model_type {layout.model_type}" if layout else "single shards without their config.json",
+        fix=fix,
+    )
+
+
 def _storage(adapter: LoraAdapter, layout: Layout | None) -> NF4Spec:
     if layout is None or layout.family is None:
-        raise ModelError(
-            "which layers of this model were quantised is not known",
-            where=f"model_type {layout.model_type}" if layout else "single shards without their config.json",
-            fix="--onto original, onto the weights as they are",
-        )
+        raise _not_known(layout, "--onto original, onto the weights as they are")
     return adapter.nf4 or NF4Spec()
 
 

@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from folders import write_file
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from peft_adapters import peft_adapter
 from transformers import AutoModelForCausalLM
 
 import mens_core
@@ -32,21 +33,6 @@ def bases(tmp_path_factory):
     for number, (family, config) in enumerate(tiny.CONFIGS.items()):
         tiny.write_model(root / family, family, config, seed=number)
     return {family: root / family for family in tiny.CONFIGS}
-
-
-def peft_adapter(base, folder, **settings):
-    """An adapter that PEFT made, with random numbers in it."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": False} | settings
-    if model.config.model_type == "gpt2":
-        config["fan_in_fan_out"] = True
-    wrapped = get_peft_model(model, LoraConfig(**config))
-    if config.get("modules_to_save"):
-        with torch.no_grad():
-            wrapped.get_output_embeddings().weight.add_(0.125)
-    wrapped.save_pretrained(folder)
-    return folder
 
 
 def merged_by_peft(base, folder, dtype=torch.float32):
