@@ -13,13 +13,12 @@ compiles when the first weight is stored: one second, and then only once for eac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mens_core.compiled import compiled, in_shares
 from mens_core.errors import ModelError
 from mens_core.exchange import NF4Spec, QuantizedWeight
 from mens_core.nf4_scales import quantize_scales
@@ -62,8 +61,6 @@ _ONE, _NONE = np.float32(1), np.uint8(0)
 _UNSIGNED, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 # Numbers brought into float32 at a time, so that a weight in another format is never copied whole.
 _CHUNK = 1 << 18
-# Numbers for which one more thread pays.
-_SHARE = 1 << 20
 
 
 def quantize(weight: NDArray[Any], spec: NF4Spec, threads: int) -> QuantizedWeight:
@@ -83,13 +80,7 @@ def quantize(weight: NDArray[Any], spec: NF4Spec, threads: int) -> QuantizedWeig
     blocks = -(-values.size // spec.block_size)
     codes, absmax = np.empty(-(-values.size // 2), np.uint8), np.empty(blocks, np.float32)
     store = functools.partial(_store_range, values, spec, codes, absmax)
-    shares = max(1, min(threads, values.size // _SHARE))
-    edges = [blocks * share // shares for share in range(shares + 1)]
-    if shares == 1:
-        finite = store(0, blocks)
-    else:
-        with ThreadPoolExecutor(shares) as pool:
-            finite = all(pool.map(store, edges[:-1], edges[1:]))
+    finite = all(in_shares(store, blocks, spec.block_size, threads))
     if not finite:
         raise not_finite(tuple(weight.shape))
     scales, nested_absmax, offset = quantize_scales(absmax) if spec.double_quant else (absmax, None, 0.0)
@@ -114,7 +105,7 @@ def not_finite(shape: tuple[int, ...]) -> ModelError:
 
 def _store_range(values: NDArray[Any], spec: NF4Spec, codes: _Bytes, absmax: _Floats, first: int, last: int) -> bool:
     """Store blocks ``first`` to ``last``; whether all of them were finite."""
-    store, size = _compiled(), spec.block_size
+    store, size = compiled(_store_blocks), spec.block_size
     middles, steps, lowest = _ladder(spec.codebook)
     stride = max(1, _CHUNK // size)
     for block in range(first, last, stride):
@@ -135,20 +126,6 @@ def _ladder(codebook: str) -> tuple[_Floats, _Bytes, np.uint8]:
     order = np.argsort(values, kind="stable").astype(np.uint8)
     ascending = values[order]
     return (ascending[:-1] + ascending[1:]) / np.float32(2), np.diff(order), order[0]
-
-
-@functools.cache
-def _compiled() -> Callable[..., bool]:
-    # Imported on use: it takes 0.2 s and 70 MiB, and only a base in NF4 needs it.
-    import numba  # noqa: PLC0415
-
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled: Callable[..., bool] = numba.njit(cache=True, **options)(_store_blocks)
-    except RuntimeError:
-        # No folder can be written, neither beside this file nor the user's own: compiled anew in each process.
-        compiled = numba.njit(**options)(_store_blocks)
-    return compiled
 
 
 def _store_blocks(

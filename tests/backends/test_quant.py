@@ -142,7 +142,7 @@ def test_where_no_folder_can_be_written_the_loop_is_compiled_without_one(monkeyp
         return compile_(*functions, **options)
 
     monkeypatch.setattr(numba, "njit", refuse)
-    monkeypatch.setattr(nf4, "_compiled", nf4._compiled.__wrapped__)
+    monkeypatch.setattr(nf4, "compiled", nf4.compiled.__wrapped__)
     weight = np.random.default_rng(0).standard_normal((3, 70), np.float32)
     _check_bytes(nf4.quantize(weight, tiny.nf4_spec(), 1), weight, tiny.nf4_spec())
     assert [options.get("cache") for options in asked][:2] == [True, None]

@@ -1,17 +1,24 @@
 """The torch backend runs any graph of transformers: packed where that is proved right, else row by row."""
 
+import itertools
 import logging
+import math
 
+import attrs
+import bitsandbytes.functional as bitsandbytes
 import numpy as np
 import pytest
 import references
 import tiny
 import tolerances
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from mens_core.exchange import GenerateSettings, NF4Spec
+from mens_core.nf4 import CODEBOOKS
 from mens_core.plugins import load_backend
 
 COMMON = tiny.CONFIGS["qwen2"] | {"intermediate_size": 64}  # experts are multiplied in groups, in whole 16 bytes
@@ -275,43 +282,74 @@ def test_the_hand_made_backward_passes_are_those_of_autograd():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+_BLOCKS = [(16, 33), (64, 640), (64, 6401), (2048, 5000), (4096, 4096), (8, 100), (24, 97), (2, 70), (64, 1)]
+
+
+def _by_definition(weight, dtype):
+    """The definition in torch: a look-up code by code, times the block's absmax, rounded once."""
+    absmax = weight.absmax
+    if weight.spec.double_quant:
+        nested = weight.nested_absmax.repeat_interleave(256)[: len(absmax)]
+        absmax = bitsandbytes.create_dynamic_map()[absmax.long()] * nested + weight.offset
+    codes = torch.stack([weight.codes >> 4, weight.codes & 15], dim=1).reshape(-1)[: math.prod(weight.shape)].long()
+    values = torch.tensor(CODEBOOKS[weight.spec.codebook])[codes]
+    return (values * absmax.repeat_interleave(weight.spec.block_size)[: len(codes)]).to(dtype)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("codebook", ["nf4", "fp4"])
-def test_bitsandbytes_kernel_is_taken_and_gives_what_its_look_up_does(codebook, dtype, threads):
-    from mens_torch import _bitsandbytes
+def test_every_part_of_a_weight_is_brought_back_by_the_definition_and_nothing_beside_it(codebook, dtype, double_quant):
+    from mens_torch.quant import quantize
 
-    assert _bitsandbytes._kernel(codebook, dtype) is not None
     generator = torch.Generator().manual_seed(0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for block_size, numel in ((16, 33), (64, 640), (64, 6401), (2048, 5000), (4096, 4096), (8, 100), (24, 97)):
-            spec = NF4Spec(block_size=block_size, codebook=codebook)
-            codes = torch.randint(256, (-(-numel // 2),), generator=generator, dtype=torch.uint8)
-            absmax = torch.rand(-(-numel // block_size), generator=generator)
-            found, expected = torch.full((2, numel + 1), 7.0, dtype=dtype)
-            _bitsandbytes.write_dense(codes, absmax, spec, found[:numel])
-            _bitsandbytes._look_up(codes, absmax, expected[:numel], spec)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    finally:
-        torch.set_num_threads(before)
+    # The last is so small that bfloat16 holds its weights as subnormal numbers.
+    for (block_size, numel), size in itertools.product(_BLOCKS, (1.0, 1e-38)):
+        spec = NF4Spec(block_size=block_size, codebook=codebook, double_quant=double_quant)
+        weight = quantize(size * torch.randn(1, numel, generator=generator), spec)
+        found = torch.full((numel + 2,), 7.0, dtype=dtype)
+        weight.write(found[1:-1])
+        torch.testing.assert_close(found[1:-1], _by_definition(weight, dtype), rtol=0, atol=0)
+        assert found[0] == found[-1] == 7.0
+        # The twin: another byte of codes shows, wherever it is.
+        if size == 1.0:
+            other = attrs.evolve(weight, codes=weight.codes.clone())
+            other.codes[numel // 4] ^= 0x70
+            assert not torch.equal(other.write(found[1:-1]).flatten(), _by_definition(weight, dtype))
 
 
-@pytest.mark.parametrize("fault", ["absent", "wrong"])
-def test_a_kernel_that_is_absent_or_wrong_is_not_taken(monkeypatch, fault):
-    from mens_torch import _bitsandbytes
+def test_scales_without_end_bring_back_infinities_and_no_numbers_in_their_place():
+    from mens_torch.quant import quantize
 
-    class Library:
-        def __getattr__(self, name):
-            def call(*_):
-                if fault == "absent":
-                    raise RuntimeError(name)
+    weight = quantize(torch.eye(8, 64), NF4Spec(double_quant=False))
+    for scale, dtype in itertools.product((torch.inf, torch.nan, 3.4e38), (torch.float32, torch.bfloat16)):
+        endless = attrs.evolve(weight, absmax=torch.full((8,), scale))
+        found, expected = endless.write(torch.empty(512, dtype=dtype)).flatten(), _by_definition(endless, dtype)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
-            return call
 
-    monkeypatch.setattr(_bitsandbytes.library(), "lib", Library())
-    assert _bitsandbytes._kernel.__wrapped__("nf4", torch.float32) is None
+def test_a_large_weight_is_brought_back_alike_by_any_number_of_threads(monkeypatch):
+    from mens_torch.quant import dequantize, quantize
+
+    weight = quantize(torch.randn(1733, 2001, generator=torch.Generator().manual_seed(0)), NF4Spec())
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = dequantize(weight, torch.float32)
+        torch.testing.assert_close(found.flatten(), _by_definition(weight, torch.float32), rtol=0, atol=0)
+
+
+@given(seed=st.integers(0, 1000))
+def test_what_is_compiled_is_what_the_look_up_says(seed):
+    from mens_torch import _nf4_loop
+
+    random = np.random.default_rng(seed)
+    codes, absmax = random.integers(0, 256, 32, np.uint8), random.random(1, np.float32)
+    for kind in (np.float32, np.uint16):
+        found, expected = np.zeros((2, 64), kind)
+        book = CODEBOOKS["nf4"]
+        _nf4_loop._loop()(codes, absmax, None, None, absmax, book, 64, found, 0, 1)
+        _nf4_loop._look_up(codes, 0, book, absmax[0], expected, 0)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_weights_brought_back_one_after_the_other_share_their_memory():

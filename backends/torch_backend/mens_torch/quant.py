@@ -19,7 +19,8 @@ from torch import Tensor as Array
 from mens_core import nf4
 from mens_core.exchange import NF4Spec, QuantizedWeight
 from mens_core.nf4_scales import NESTED_BLOCK
-from mens_torch._bitsandbytes import dynamic_map, library, write_dense
+from mens_torch._bitsandbytes import dynamic_map, library
+from mens_torch._nf4_loop import write_dense
 
 __all__ = ["NF4Weight", "dequantize", "export_weight", "import_weight", "quantize"]
 
@@ -53,7 +54,7 @@ class NF4Weight:
         Returns:
             ``out`` as (out, in).
         """
-        write_dense(self.codes, _scales(self), self.spec, out)
+        write_dense(self.codes, self.absmax, self.nested_absmax, self.offset, self.spec, out)
         return out.view(self.shape)
 
 

@@ -1,0 +1,47 @@
+"""Loops over numbers that numba compiles when they are first run, and the sharing of one among threads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+__all__ = ["compiled", "in_shares"]
+
+_Result = TypeVar("_Result")
+
+# Numbers for which one more thread pays.
+_SHARE = 1 << 20
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as machine code that lets go of the interpreter's lock; kept on disk for the next process."""
+    # Imported on use: it takes 0.2 s and 70 MiB, and only a base in NF4 needs it.
+    import numba  # noqa: PLC0415
+
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        machine_code: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        # No folder can be written, neither beside the function's file nor the user's own: anew in each process.
+        machine_code = numba.njit(**options)(function)
+    return machine_code
+
+
+def in_shares(task: Callable[[int, int], _Result], blocks: int, block_size: int, threads: int) -> list[_Result]:
+    """What ``task(first, last)`` gives for ranges that cover all blocks.
+
+    Args:
+        task: works on blocks ``first`` to ``last``, at the same time as on others.
+        blocks: how many there are.
+        block_size: numbers in a block; few numbers are not worth a thread.
+        threads: at most so many.
+    """
+    shares = max(1, min(threads, blocks * block_size // _SHARE))
+    if shares == 1:
+        return [task(0, blocks)]
+    edges = [blocks * share // shares for share in range(shares + 1)]
+    with ThreadPoolExecutor(shares) as pool:
+        return list(pool.map(task, edges[:-1], edges[1:]))
