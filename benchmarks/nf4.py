@@ -1,6 +1,6 @@
 """NF4 on the CPU against bitsandbytes and against memory itself: storing, bringing back, and what it costs a JAX step.
 
-    make bench-nf4     or     python benchmarks/nf4.py [--rounds 9] [--step-rounds 5] [--threads 1,2]
+    make bench-nf4     or     python benchmarks/nf4.py [--rounds 9] [--step-rounds 3] [--threads 1,2]
 
 A weight of 4096 x 4096 normal numbers, blocks of 64. Variants take turns, in rotated order, in processes of their own:
 with glibc's own allocator and with one that keeps its pages, since page faults of fresh memory otherwise decide. One
@@ -33,7 +33,7 @@ def main() -> None:
     """Run each part in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--step-rounds", type=int, default=5)
+    parser.add_argument("--step-rounds", type=int, default=3)
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--part", choices=("bytes", "step", "first"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
