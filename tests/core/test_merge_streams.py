@@ -16,7 +16,7 @@ from mens_core.hf.layout import read_layout
 
 CHILD = Path(__file__).with_name("merge_child.py")
 MB = 10**6
-# 8.3 GB in bfloat16, the widths of an 8 B model; the largest tensor has 262 MB.
+# 8.4 GB in bfloat16, the widths of an 8 B model; the largest tensor has 262 MB.
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
