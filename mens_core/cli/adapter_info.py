@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path", type=Path, metavar="PATH", help="run, folder of PEFT's or mlx-lm's, or safetensors file"
     )
     parser.add_argument("--meta", type=Path, metavar="FILE", help="description of an adapter of version 2 or 3")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

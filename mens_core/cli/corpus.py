@@ -9,6 +9,7 @@ import argparse
 from types import ModuleType
 
 from mens_core.cli import corpus_mix, corpus_pairs, corpus_show, corpus_stats, corpus_validate
+from mens_core.cli.sub_verbs import add_sub_verbs, run_sub_verb
 
 __all__ = ["SUB_VERBS", "add_arguments", "run"]
 
@@ -24,28 +25,7 @@ SUB_VERBS: dict[str, tuple[str, ModuleType]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-verbs of ``corpus`` and their flags."""
-    verbs = parser.add_subparsers(title="sub-verbs", dest="corpus_verb", metavar="SUB-VERB", required=True)
-    for name, (purpose, module) in SUB_VERBS.items():
-        verb = verbs.add_parser(
-            name,
-            help=purpose,
-            description=f"{purpose[0].upper()}{purpose[1:]}.",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        module.add_arguments(verb)
-        # The verb has this flag too; here it may stand behind the sub-verb, where one writes it.
-        verb.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the full trace of an error"
-        )
-        verb.set_defaults(run_corpus_verb=module.run)
+    add_sub_verbs(parser, SUB_VERBS)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the chosen sub-verb; returns the exit status, 0 for success.
-
-    Raises:
-        DataError: as the sub-verb does.
-    """
-    status: int = arguments.run_corpus_verb(arguments)
-    return status
+run = run_sub_verb
