@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.lora import LoraPair
+from mens_core.artifacts.norms import update_norm
 from mens_core.backend import Backend
 
 __all__ = ["TensorError", "merged_blocks"]
@@ -25,7 +26,7 @@ class TensorError:
 
     Attributes:
         base: of W.
-        update: of s · B A, as it was added.
+        update: of s · B A.
         rounding: of what was written less base + s · B A.
         changed: elements that are others than before.
         elements: of the tensor.
@@ -61,24 +62,22 @@ def merged_blocks(
         Blocks of rows, (n, in).
     """
     rows = max(1, _BLOCK // max(weight.shape[1], 1))
-    squares = np.zeros(3)
+    squares = np.zeros(2)
     for start in range(0, weight.shape[0], rows):
         stored = weight[start : start + rows]
         base = np.ascontiguousarray(stored, np.float32)
         merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
         written = merged.astype(dtype, copy=False)
         error.changed += int(np.count_nonzero(_bits(written) != _bits(stored.astype(dtype, copy=False))))
-        squares += _squares(base, merged - base, written.astype(np.float32, copy=False) - merged)
+        lost = written.astype(np.float32)
+        lost -= merged
+        squares += float(np.vdot(base, base)), float(np.vdot(lost, lost))
         yield written
     error.elements = weight.size
-    error.base, error.update, error.rounding = map(math.sqrt, squares)
+    error.base, error.rounding = map(math.sqrt, squares)
+    error.update = update_norm(pair)
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:
     """The same numbers to compare: bfloat16's own comparison takes ten times as long as that of its bits."""
     return np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
-
-
-def _squares(*arrays: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Their sums of squares."""
-    return np.array([float(np.vdot(array, array)) for array in arrays])
