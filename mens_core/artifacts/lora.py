@@ -81,6 +81,7 @@ class LoraAdapter:
         targets: what the configuration asks for; None where it lists its tensors one by one.
         base_model: folder or hub id of the base; None where the files do not say.
         base_sha256: name of a weight file of the base → its hash; empty where the files do not say.
+        license_class: licence of the base, as the run was told; else None.
         held_out: rows that the run measured itself on, if they are there; else None.
         nf4: how the base was quantised; None where it was not, or the files do not say.
         config: the description as it was read.
@@ -94,6 +95,7 @@ class LoraAdapter:
     targets: Targets | None = None
     base_model: str | None = None
     base_sha256: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    license_class: str | None = None
     held_out: Path | None = None
     nf4: NF4Spec | None = None
     config: Mapping[str, Any] = attrs.field(factory=dict, repr=False)

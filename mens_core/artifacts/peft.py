@@ -194,6 +194,7 @@ def _provenance(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         contract = manifest["plan"]["contract"]
         found["method"] = contract["method"]
         found["base_sha256"] = dict(manifest.get("sha256", {}).get("base_shards", {}))
+        found["license_class"] = manifest.get("provenance_license_class")
         rows = manifest.get("eval_file")
         found["held_out"] = Path(rows) if rows is not None and Path(rows).is_file() else None
         if contract["method"] == "qlora":

@@ -110,7 +110,7 @@ class Job:
             report = self._report(names) | {"files": files}
             write_json(building / REPORT, report)
             write_json(building / _HANDOFF, self._handoff(report))
-            write_card(building, report, None)
+            write_card(building, report, wanted.adapters[0][0].license_class)
         return report
 
     def write_subset(self) -> dict[str, Any]:

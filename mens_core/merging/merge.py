@@ -136,7 +136,9 @@ def _find(base: str | Path | Sequence[Path] | None, adapter: LoraAdapter) -> tup
         model = adapter.base_model if base is None else str(base)
         if model is None:
             raise ModelError("the adapter does not say what its base is", where=adapter.source, fix="--base DIR")
-        return find_model(model, None)[1], ()
+        # A commit belongs to the hub id beside which the adapter names it, and to no folder.
+        named = base is None and not Path(model).is_dir()
+        return find_model(model, adapter.config.get("revision") if named else None)[1], ()
     shards = tuple(base)
     missing = [shard for shard in shards if not shard.is_file()]
     pickled = [shard for shard in shards if shard.suffix.lower() == ".bin"]

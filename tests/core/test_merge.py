@@ -265,12 +265,33 @@ def test_merge_that_changes_nothing_is_refused(bases, tmp_path):
 def test_merge_onto_another_base_than_that_of_the_training_is_refused(bases, tmp_path):
     adapter = peft_adapter(bases["llama"], tmp_path / "adapter")
     contract = {"method": "lora", "block_size": 64, "double_quant": True}
-    record = {"plan": {"contract": contract}, "sha256": {"base_shards": {"model.safetensors": "0" * 64}}}
+    record = {
+        "provenance_license_class": "mit",
+        "plan": {"contract": contract},
+        "sha256": {"base_shards": {"model.safetensors": "0" * 64}},
+    }
     (adapter / "training_manifest.json").write_text(json.dumps(record))
     with pytest.raises(ModelError, match="not the one that the adapter was trained on"):
         merge(adapter, bases["llama"], tmp_path / "out")
     report = merge(adapter, bases["llama"], tmp_path / "out", base_changed_anyway=True)
     assert report["notes"] == ["model.safetensors is not what the adapter was trained on"]
+    assert "\nlicense: mit\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("revision", ["v1.0", None])
+def test_merge_takes_the_commit_of_the_base_that_the_adapter_names(bases, tmp_path, monkeypatch, revision):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter", target_modules=["q_proj"])
+    _with(base_model_name_or_path="owner/name", revision=revision)(adapter)
+    asked = []
+
+    def found(model, commit):
+        asked.append((model, commit))
+        return model, bases["llama"]
+
+    monkeypatch.setattr("mens_core.merging.merge.find_model", found)
+    merge(adapter, None, tmp_path / "out")
+    merge(adapter, bases["llama"], tmp_path / "given")
+    assert asked == [("owner/name", revision), (str(bases["llama"]), None)]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
