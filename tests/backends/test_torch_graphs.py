@@ -1,5 +1,6 @@
 """The torch backend runs any graph of transformers: packed where that is proved right, else row by row."""
 
+import ctypes
 import itertools
 import logging
 import math
@@ -350,6 +351,67 @@ def test_what_is_compiled_is_what_the_look_up_says(seed):
         _nf4_loop._loop()(codes, absmax, None, None, absmax, book, 64, found, 0, 1)
         _nf4_loop._look_up(codes, 0, book, absmax[0], expected, 0)
         np.testing.assert_array_equal(found, expected)
+
+
+def _look_up_of(triple, features, monkeypatch):
+    """``_chosen`` of a processor, as a function in LLVM's language on three places in memory."""
+    from llvmlite import binding, ir
+    from mens_torch import _nf4_loop
+
+    monkeypatch.setattr(binding, "get_process_triple", lambda: triple)
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
+    module, byte = ir.Module(), ir.IntType(8)
+    places = [ir.VectorType(byte, count).as_pointer() for count in (16, 32, 32)]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), places), "look_up")
+    builder = ir.IRBuilder(function.append_basic_block())
+    table, codes, out = function.args
+    builder.store(_nf4_loop._chosen(builder, builder.load(table, align=1), builder.load(codes, align=1)), out, align=1)
+    builder.ret_void()
+    monkeypatch.undo()
+    return binding.parse_assembly(str(module))
+
+
+def test_a_processor_without_the_instruction_looks_up_byte_by_byte_and_finds_the_same(monkeypatch):
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    code = _look_up_of("riscv64-unknown-linux", {}, monkeypatch)
+    engine = binding.create_mcjit_compiler(code, binding.Target.from_default_triple().create_target_machine())
+    engine.finalize_object()
+    random = np.random.default_rng(0)
+    table, codes, found = (
+        random.integers(0, 256, 16, np.uint8),
+        random.integers(0, 16, 32, np.uint8),
+        np.zeros(32, "u1"),
+    )
+    run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(engine.get_function_address("look_up"))
+    run(table.ctypes.data, codes.ctypes.data, found.ctypes.data)
+    np.testing.assert_array_equal(found, table[codes])
+
+
+@pytest.mark.parametrize(
+    ("triple", "features", "instruction"),
+    [
+        ("arm64-apple-darwin24", {}, "tbl"),
+        ("aarch64-unknown-linux-gnu", {}, "tbl"),
+        ("x86_64-unknown-linux-gnu", {"avx2": True}, "vpshufb"),
+    ],
+)
+def test_a_processor_that_has_one_looks_32_codes_up_with_one_or_two_instructions(
+    triple, features, instruction, monkeypatch
+):
+    from llvmlite import binding
+
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    code = _look_up_of(triple, features, monkeypatch)
+    code.triple = triple
+    machine = binding.Target.from_triple(triple).create_target_machine(
+        features=",".join(f"+{name}" for name in features)
+    )
+    written = machine.emit_assembly(code).split()
+    assert sum(word.startswith(instruction) for word in written) in {1, 2}
 
 
 def test_weights_brought_back_one_after_the_other_share_their_memory():

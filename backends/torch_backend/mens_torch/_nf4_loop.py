@@ -4,10 +4,8 @@
 
     block's absmax, itself brought back ──▶ 16 values · absmax, rounded ──▶ 64 codes choose among them, 64 results
 
-The sixteen products of a block stay in a vector register and a permutation of it is the look-up, so a result costs
-neither a load nor a product of its own. LLVM has no such instruction that holds on every processor; it knows
-sixteen choices by index for what they are and turns them into one permutation where there is one (AVX-512), else
-into loads.
+The sixteen products of a block stay in vector registers, their first bytes in one, their second bytes in another, and
+one instruction looks 32 codes up in sixteen bytes, so a result costs neither a load nor a product of its own.
 """
 
 from __future__ import annotations
@@ -158,22 +156,28 @@ def _write_look_up(context: Any, builder: Any, signature: Any, arguments: Any) -
         return builder.bitcast(builder.gep(array.data, [index]), ir.VectorType(element, count).as_pointer())
 
     _, at, _, scale, _, to = arguments
-    narrow = signature.args[4].dtype.bitwidth == 16
-    # As many as a vector register of 512 bits holds.
-    count, element = (32, ir.IntType(16)) if narrow else (16, ir.FloatType())
+    width = signature.args[4].dtype.bitwidth
     book = builder.load(place(2, at.type(0), ir.FloatType(), 16), align=4)
     one = builder.insert_element(ir.Constant(book.type, ir.Undefined), scale, ir.Constant(ir.IntType(32), 0))
-    table = builder.fmul(book, builder.shuffle_vector(one, one, _filled(32, [0] * 16)))
-    if narrow:
-        table = _to_bfloat16(builder, table)
-        table = builder.shuffle_vector(table, table, _filled(32, [lane % 16 for lane in range(count)]))
-    for piece in range(0, _TOGETHER, count):
-        here, there = (
-            builder.add(start, ir.Constant(at.type, past)) for start, past in ((at, piece // 2), (to, piece))
-        )
-        pairs = builder.load(place(0, here, ir.IntType(8), count // 2), align=1)
-        found = _chosen(builder, table, _nibbles(builder, pairs, count), count)
-        builder.store(found, place(4, there, element, count), align=element.get_abi_size(context.target_data))
+    products = builder.fmul(book, builder.shuffle_vector(one, one, _filled(32, [0] * 16)))
+    bits = builder.bitcast(products, ir.VectorType(ir.IntType(32), 16))
+    table = _bytes_of(builder, bits if width == 32 else _to_bfloat16(builder, products, bits))
+    pairs = builder.load(place(0, at, ir.IntType(8), _TOGETHER // 2), align=1)
+    high, low = builder.lshr(pairs, _filled(8, [4] * 32)), builder.and_(pairs, _filled(8, [15] * 32))
+    results = [
+        part
+        for codes in _in_turns(builder, high, low, 8)
+        for part in _joined(builder, [_chosen(builder, byte, codes) for byte in table])
+    ]
+    # The lower lanes of all parts hold the first 32 results, the upper ones the others.
+    lanes = [
+        builder.shuffle_vector(one, two, _filled(32, [*range(lane, lane + 16), *range(32 + lane, 48 + lane)]))
+        for lane in (0, 16)
+        for one, two in zip(results[::2], results[1::2], strict=True)
+    ]
+    for part, lane in enumerate(lanes):
+        there = builder.add(to, ir.Constant(at.type, part * 256 // width))
+        builder.store(lane, place(4, there, ir.IntType(8), 32), align=width // 8)
     return context.get_dummy_value()
 
 
@@ -183,33 +187,77 @@ def _filled(width: int, values: list[int]) -> Any:
     return ir.Constant(ir.VectorType(ir.IntType(width), len(values)), values)
 
 
-def _to_bfloat16(builder: Any, table: Any) -> Any:
+def _to_bfloat16(builder: Any, numbers: Any, bits: Any) -> Any:
     """To nearest, ties to even, in integers: the processor's own instruction takes subnormal numbers for zero."""
     from llvmlite import ir  # noqa: PLC0415
 
-    bits = builder.bitcast(table, ir.VectorType(ir.IntType(32), 16))
     sixteen = _filled(32, [16] * 16)
     odd = builder.and_(builder.lshr(bits, sixteen), _filled(32, [1] * 16))
     rounded = builder.lshr(builder.add(bits, builder.add(odd, _filled(32, [0x7FFF] * 16))), sixteen)
     # A NaN could be rounded into a number.
-    kept = builder.select(builder.fcmp_unordered("uno", table, table), _filled(32, [0x7FC0] * 16), rounded)
+    kept = builder.select(builder.fcmp_unordered("uno", numbers, numbers), _filled(32, [0x7FC0] * 16), rounded)
     return builder.trunc(kept, ir.VectorType(ir.IntType(16), 16))
 
 
-def _nibbles(builder: Any, pairs: Any, count: int) -> Any:
-    half = count // 2
-    high, low = builder.lshr(pairs, _filled(8, [4] * half)), builder.and_(pairs, _filled(8, [15] * half))
-    return builder.shuffle_vector(high, low, _filled(32, [lane // 2 + lane % 2 * half for lane in range(count)]))
-
-
-def _chosen(builder: Any, table: Any, codes: Any, count: int) -> Any:
-    """table[codes], lane by lane: LLVM sees one permutation in it if the codes are as wide as the values."""
+def _bytes_of(builder: Any, table: Any) -> list[Any]:
+    """A table of 16 numbers as one of 16 bytes for each byte of a number, the lowest first."""
     from llvmlite import ir  # noqa: PLC0415
 
-    codes = builder.zext(codes, ir.VectorType(ir.IntType(512 // count), count))
-    found = ir.Constant(table.type, ir.Undefined)
-    for lane in (ir.Constant(ir.IntType(32), lane) for lane in range(count)):
-        found = builder.insert_element(
-            found, builder.extract_element(table, builder.extract_element(codes, lane)), lane
-        )
-    return found
+    width = table.type.element.width
+    shifted = (builder.lshr(table, _filled(width, [shift] * 16)) for shift in range(0, width, 8))
+    return [builder.trunc(part, ir.VectorType(ir.IntType(8), 16)) for part in shifted]
+
+
+def _chosen(builder: Any, table: Any, codes: Any) -> Any:
+    """``table[codes]``, 32 bytes from 16: one instruction where the processor has it, else byte by byte."""
+    from llvmlite import binding, ir  # noqa: PLC0415
+
+    architecture = binding.get_process_triple().split("-")[0]
+    if architecture == "x86_64" and binding.get_host_cpu_features().get("avx2"):
+        twice = builder.shuffle_vector(table, table, _filled(32, [*range(16)] * 2))
+        return _instruction(builder, "llvm.x86.avx2.pshuf.b", twice, codes)
+    if architecture in {"aarch64", "arm64"}:
+        halves = [builder.shuffle_vector(codes, codes, _filled(32, [*range(at, at + 16)])) for at in (0, 16)]
+        found = [_instruction(builder, "llvm.aarch64.neon.tbl1.v16i8", table, half) for half in halves]
+        return builder.shuffle_vector(*found, _filled(32, [*range(32)]))
+    chosen = ir.Constant(codes.type, ir.Undefined)
+    for lane in (ir.Constant(ir.IntType(32), lane) for lane in range(32)):
+        byte = builder.extract_element(table, builder.extract_element(codes, lane))
+        chosen = builder.insert_element(chosen, byte, lane)
+    return chosen
+
+
+def _instruction(builder: Any, name: str, table: Any, codes: Any) -> Any:
+    from llvmlite import ir  # noqa: PLC0415
+
+    kind = ir.FunctionType(codes.type, [table.type, codes.type])
+    return builder.call(builder.module.declare_intrinsic(name, (), kind), [table, codes])
+
+
+def _joined(builder: Any, bytes_: list[Any]) -> list[Any]:
+    """Numbers from their bytes, the lowest first."""
+    if len(bytes_) == 1:
+        return bytes_
+    middle = len(bytes_) // 2
+    lows, highs = _joined(builder, bytes_[:middle]), _joined(builder, bytes_[middle:])
+    return [part for low, high in zip(lows, highs, strict=True) for part in _in_turns(builder, low, high, 8 * middle)]
+
+
+def _in_turns(builder: Any, left: Any, right: Any, width: int) -> list[Any]:
+    """Numbers of ``left`` and of ``right`` beside each other: those in the lower half of each lane, then the others.
+
+    A lane has 128 bits. Within lanes it is one instruction; across them it would be two.
+
+    Args:
+        builder: writes the instructions.
+        left: 32 bytes.
+        right: 32 bytes.
+        width: of a number, in bits.
+    """
+    from llvmlite import ir  # noqa: PLC0415
+
+    count, lane = 256 // width, 128 // width
+    numbers = [builder.bitcast(side, ir.VectorType(ir.IntType(width), count)) for side in (left, right)]
+    halves = [[*range(half, half + lane // 2), *range(lane + half, lane + half + lane // 2)] for half in (0, lane // 2)]
+    turns = [_filled(32, [place for at in half for place in (at, at + count)]) for half in halves]
+    return [builder.bitcast(builder.shuffle_vector(*numbers, turn), left.type) for turn in turns]
