@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -52,6 +56,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+# Blocks that may wait for the disk while the next one is made.
+_AHEAD = 2
+# Bytes after which the disk is asked to confirm, so that the end of a large file need not wait for all of it.
+_CONFIRMED_AT_ONCE = 1 << 27
 
 #: An array of any type that the format knows.
 AnyArray: TypeAlias = NDArray[Any]
@@ -171,24 +180,59 @@ def stream_tensors(
     # Wide types first, as the reference implementation does: every tensor then starts at a multiple of its width.
     order = sorted(specs, key=lambda name: (-WIDTHS[specs[name][0]], name))
     header = make_header({name: specs[name] for name in order}, metadata)
-    with replacing(path, binary=True) as (file,):
+    with replacing(path, binary=True) as (file,), _Writer(file) as writer:
         file.write(header)
         for name in order:
             code, shape = specs[name]
-            written = sum(_write_block(file, block, code, f"{path}, tensor {name}") for block in blocks(name))
+            written = sum(writer.write(block, code, f"{path}, tensor {name}") for block in blocks(name))
             if written != math.prod(shape) * WIDTHS[code]:
                 raise ModelError(f"tensor {name} has {written} bytes, announced were {code} {shape}", where=path)
 
 
-def _write_block(file: IO[bytes], block: AnyArray | StoredBytes, code: str, where: str) -> int:
-    """Write one block; returns its bytes."""
-    if isinstance(block, StoredBytes):
-        copy_bytes(block.path, block.start, block.stop, file)
-        return block.stop - block.start
-    if _CODES.get(block.dtype) != code:
-        raise ModelError(f"a block of type {block.dtype} where {code} was announced", where=where)
-    file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-    return block.nbytes
+class _Writer:
+    """Writes blocks in their order while the next ones are made, and has the disk take them in along the way.
+
+    At most ``_AHEAD`` blocks wait, so that a slow disk does not fill the memory. An error is raised by the next
+    ``write`` or by the end of the ``with``.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mens-write")
+        self._waiting: deque[Future[None]] = deque()
+        self._unconfirmed = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=error is not None)
+        if error is None:
+            for done in self._waiting:
+                done.result()
+
+    def write(self, block: AnyArray | StoredBytes, code: str, where: str) -> int:
+        """Take one block, which must not change any more; returns its bytes."""
+        if not isinstance(block, StoredBytes) and _CODES.get(block.dtype) != code:
+            raise ModelError(f"a block of type {block.dtype} where {code} was announced", where=where)
+        while len(self._waiting) >= _AHEAD:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._put, block))
+        return block.stop - block.start if isinstance(block, StoredBytes) else block.nbytes
+
+    def _put(self, block: AnyArray | StoredBytes) -> None:
+        if isinstance(block, StoredBytes):
+            copy_bytes(block.path, block.start, block.stop, self._file)
+            size = block.stop - block.start
+        else:
+            size = self._file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+        self._unconfirmed += size
+        if self._unconfirmed >= _CONFIRMED_AT_ONCE:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unconfirmed = 0
 
 
 def _map_file(path: Path) -> mmap.mmap:

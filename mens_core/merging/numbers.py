@@ -63,13 +63,16 @@ def merged_blocks(
     """
     rows = max(1, _BLOCK // max(weight.shape[1], 1))
     squares = np.zeros(2)
+    # Fresh memory costs more than what is done with it.
+    bases, losses = np.empty((2, min(rows, weight.shape[0]), weight.shape[1]), np.float32)
     for start in range(0, weight.shape[0], rows):
         stored = weight[start : start + rows]
-        base = np.ascontiguousarray(stored, np.float32)
+        base, lost = bases[: len(stored)], losses[: len(stored)]
+        base[:] = stored
         merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
         written = merged.astype(dtype, copy=False)
         error.changed += int(np.count_nonzero(_bits(written) != _bits(stored.astype(dtype, copy=False))))
-        lost = written.astype(np.float32)
+        lost[:] = written
         lost -= merged
         squares += float(np.vdot(base, base)), float(np.vdot(lost, lost))
         yield written
