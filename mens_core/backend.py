@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import attrs
@@ -179,9 +179,23 @@ class Backend:
         given = attrs.evolve(state, adapter=_views(state.adapter), optimizer=_views(state.optimizer))
         return self._call("mens_restore", object, session=session, state=given)
 
-    def generate(self, session: Any, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
+    def generate(
+        self,
+        session: Any,
+        prompt: Sequence[int],
+        settings: GenerateSettings,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[int]:
         """``mens_generate``."""
-        answer = self._call("mens_generate", list, session=session, prompt=prompt, settings=settings)
+        told: list[int] = []
+
+        def listen(token: int) -> None:
+            told.append(int(token))
+            if on_token is not None:
+                on_token(int(token))
+
+        given = listen if on_token is not None else None
+        answer = self._call("mens_generate", list, session=session, prompt=prompt, settings=settings, on_token=given)
         if not all(_is_whole(token) and token >= 0 for token in answer):
             self._broken("mens_generate", f"answered {answer!r}, expected token ids")
         tokens = [int(token) for token in answer]
@@ -191,6 +205,11 @@ class Backend:
             )
         if set(tokens[:-1]) & set(settings.stop_tokens):
             self._broken("mens_generate", "went on after a stop token")
+        if told and told != tokens:
+            self._broken("mens_generate", f"told of the tokens {told} and answered {tokens}")
+        if on_token is not None and not told:
+            for token in tokens:
+                on_token(token)
         return tokens
 
     def merge(

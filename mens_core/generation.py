@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mens_core.corpus.row import Turn
 from mens_core.errors import ModelError
 from mens_core.exchange import BatchShape, GenerateSettings
 from mens_core.inference import open_model
+from mens_core.text.encode import Encoder
 
 __all__ = ["Conversation", "generate"]
 
@@ -21,6 +23,7 @@ def generate(
     model: str | None = None,
     adapter: str | Path | None = None,
     max_new_tokens: int = 128,
+    on_text: Callable[[str], None] | None = None,
     **fields: Any,
 ) -> str:
     """Answer one prompt, greedily.
@@ -30,6 +33,7 @@ def generate(
         model: folder or hub id of the base; None for the one the adapter was trained on, or the lab base.
         adapter: a run directory, or any other adapter's folder; None for the base alone.
         max_new_tokens: longest answer.
+        on_text: called with the answer piece by piece while it grows; the pieces together are what is returned.
         **fields: further fields of the contract, such as ``backend`` or ``device``.
 
     Returns:
@@ -38,7 +42,7 @@ def generate(
     Raises:
         MensError: if base, adapter or backend cannot be used, or the prompt leaves no room for an answer.
     """
-    return Conversation(model=model, adapter=adapter, max_new_tokens=max_new_tokens, **fields).answer(prompt)
+    return Conversation(model=model, adapter=adapter, max_new_tokens=max_new_tokens, **fields).answer(prompt, on_text)
 
 
 class Conversation:
@@ -72,11 +76,12 @@ class Conversation:
         """What was said so far, the user and the assistant in turn."""
         return self._turns
 
-    def answer(self, prompt: str) -> str:
+    def answer(self, prompt: str, on_text: Callable[[str], None] | None = None) -> str:
         """Answer the user's next turn; a turn that cannot be answered is no part of the conversation.
 
         Args:
             prompt: the user's turn.
+            on_text: called with the answer piece by piece while it grows; the pieces together are what is returned.
 
         Returns:
             The assistant's turn, without its end tag.
@@ -86,7 +91,7 @@ class Conversation:
         """
         asked = (*self._turns, Turn(role="user", content=prompt))
         ids = self._ids(asked)
-        text = self._text(ids)
+        text = self._text(ids, on_text)
         self._turns = (*asked, Turn(role="assistant", content=text))
         return text
 
@@ -101,16 +106,59 @@ class Conversation:
             raise ModelError(f"the {spoken} {len(ids)} tokens", expected=f"fewer than {positions}")
         return ids
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: list[int], on_text: Callable[[str], None] | None) -> str:
         opened, encoder = self._opened, self._opened.encoder
         if self._session is None:
             shape = BatchShape(rows=1, tokens=len(ids), longest_row=len(ids), supervised=1, batches=1)
             self._session = opened.session(shape)
         most = min(self._max_new_tokens, opened.plan.layout.max_positions - len(ids))
         settings = GenerateSettings(max_new_tokens=most, stop_tokens=encoder.stop_tokens())
-        answer = opened.backend.generate(self._session, ids, settings)
-        if answer and answer[-1] in settings.stop_tokens:
-            answer = answer[:-1]
-        text = encoder.tokenizer.decode(answer, skip_special_tokens=False)
-        # A tokenizer without the template's tags spells an end tag in several tokens, which stop no decoding.
-        return min((text.partition(tag)[0] for tag in encoder.chat.end_tags), key=len, default=text)
+        speech = None if on_text is None else _Speech(encoder, on_text)
+        answer = opened.backend.generate(self._session, ids, settings, None if speech is None else speech.hear)
+        text = _turn(encoder, answer)
+        if speech is not None:
+            speech.finish(text)
+        return text
+
+
+def _turn(encoder: Encoder, tokens: Sequence[int]) -> str:
+    """The text of an answer, without its end tag."""
+    if tokens and tokens[-1] in encoder.stop_tokens():
+        tokens = tokens[:-1]
+    text: str = encoder.tokenizer.decode(tokens, skip_special_tokens=False)
+    # A tokenizer without the template's tags spells an end tag in several tokens, which stop no decoding.
+    return min((text.partition(tag)[0] for tag in encoder.chat.end_tags), key=len, default=text)
+
+
+class _Speech:
+    """Passes an answer on while it grows, as far as the tokens to come cannot change it."""
+
+    def __init__(self, encoder: Encoder, on_text: Callable[[str], None]) -> None:
+        self._encoder, self._on_text = encoder, on_text
+        self._tokens: list[int] = []
+        self._said = ""
+
+    def hear(self, token: int) -> None:
+        """Take the next token."""
+        self._tokens.append(token)
+        text = _turn(self._encoder, self._tokens)
+        # A character of several tokens shows as one that cannot be read until the last of them is there.
+        sure = text.rstrip("\ufffd")
+        begun = max((_overlap(sure, tag) for tag in self._encoder.chat.end_tags), default=0)
+        self._say(sure[: len(sure) - begun])
+
+    def finish(self, text: str) -> None:
+        """Pass the rest on; the whole once more, on a line of its own, if a tokenizer took its first words back."""
+        self._say(text)
+        if self._said != text:
+            self._on_text(f"\n{text}")
+
+    def _say(self, text: str) -> None:
+        if len(text) > len(self._said) and text.startswith(self._said):
+            self._on_text(text[len(self._said) :])
+            self._said = text
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Characters at the end of the text with which the tag begins."""
+    return next((size for size in range(min(len(tag), len(text)), 0, -1) if text.endswith(tag[:size])), 0)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -218,7 +218,9 @@ def mens_restore(session: Any, state: TrainingState) -> Any:
 
 
 @hookspec(firstresult=True)
-def mens_generate(session: Any, prompt: Sequence[int], settings: GenerateSettings) -> list[int] | None:
+def mens_generate(
+    session: Any, prompt: Sequence[int], settings: GenerateSettings, on_token: Callable[[int], None] | None
+) -> list[int] | None:
     """Continue a prompt greedily.
 
     Called by generation.
@@ -227,6 +229,8 @@ def mens_generate(session: Any, prompt: Sequence[int], settings: GenerateSetting
         session: from ``mens_open``.
         prompt: at least one token id.
         settings: length and stop tokens.
+        on_token: to be called with each new token as soon as it is known, in order; None if nobody listens. A backend
+            that does not take it is listened to when it has finished.
 
     Returns:
         The new tokens only; a stop token ends them and is included.

@@ -27,6 +27,7 @@ __all__ = [
     "parity_text",
     "run_summary",
     "say",
+    "speak",
     "table",
 ]
 
@@ -37,6 +38,12 @@ _CHATS = {"chatml": "ChatML", "template": "the model's own chat template"}
 def say(text: str) -> None:
     """Print to standard output."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def speak(text: str) -> None:
+    """Print a piece of an answer, at once."""
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

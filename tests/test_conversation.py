@@ -67,3 +67,48 @@ def test_input_that_is_not_text_is_an_error(monkeypatch, capsys):
 def test_a_conversation_of_no_turns_ends_at_once(monkeypatch, capsys):
     assert _talk(monkeypatch, b"\n", "--backend", "torch") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_pieces_of_an_answer_are_the_answer_and_never_a_part_of_its_end_tag(backend):
+    pieces = []
+    conversation = mens_core.Conversation(backend=backend.name, max_new_tokens=48)
+    answer = conversation.answer("Write the body of a function that adds.", pieces.append)
+    assert len(pieces) > 1
+    assert "".join(pieces) == answer
+    assert not any("<|im_end" in piece for piece in pieces)
+    assert answer == mens_core.Conversation(backend=backend.name, max_new_tokens=48).answer(
+        "Write the body of a function that adds."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("ab", ["a", "b"]),
+        ("a<|im_end|>b", ["a"]),
+        ("a<b<|im_", ["a", "<b", "<|im_"]),
+        ("é€", ["é", "€"]),
+    ],
+)
+def test_a_piece_is_said_when_no_token_to_come_can_change_it(text, pieces):
+    from mens_core.generation import _Speech, _turn
+
+    encoder = mens_core.Conversation(backend="torch")._opened.encoder
+    said = []
+    speech = _Speech(encoder, said.append)
+    # the lab tokenizer has a token a byte, so that a letter and a tag may have several
+    tokens = list(text.encode())
+    for token in tokens:
+        speech.hear(token)
+    speech.finish(_turn(encoder, tokens))
+    assert said == pieces
+
+
+def test_a_tokenizer_that_takes_its_words_back_has_the_whole_said_again():
+    from mens_core.generation import _Speech
+
+    said = []
+    speech = _Speech(None, said.append)
+    speech._say("do n")
+    speech.finish("don't")
+    assert said == ["do n", "\ndon't"]

@@ -15,8 +15,8 @@ __all__ = ["add_arguments", "run"]
 
 _DESCRIPTION = """\
 Reads one turn a line from the terminal or a pipe and answers each with all turns before it in mind, written by the
-model's own chat template. The end of the input ends the conversation. An answer is printed whole when the model has
-ended its turn, or after --max-new-tokens: backends give back whole answers, not one token after the other."""
+model's own chat template. The end of the input ends the conversation. An answer appears while it is made, until the
+model ends its turn, or up to --max-new-tokens."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         for line in _lines():
             if line.strip():
-                report.say(conversation.answer(line.rstrip("\r\n")))
+                conversation.answer(line.rstrip("\r\n"), report.speak)
+                report.say("")
     except UnicodeDecodeError as error:
         raise DataError(f"the input is not text: {error.reason}", where="standard input", expected="UTF-8") from error
     return 0

@@ -24,9 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the answer."""
-    answer = mens_core.generate(
-        arguments.prompt, adapter=arguments.adapter, max_new_tokens=arguments.max_new_tokens, **given_fields(arguments)
+    """Print the answer while it is made."""
+    mens_core.generate(
+        arguments.prompt,
+        adapter=arguments.adapter,
+        max_new_tokens=arguments.max_new_tokens,
+        on_text=report.speak,
+        **given_fields(arguments),
     )
-    report.say(answer)
+    report.say("")
     return 0

@@ -79,3 +79,28 @@ def test_the_folders_own_sampling_settings_are_left_alone(backend, folders, fami
     session = backend.open(tiny.plan_for(backend, folder), tiny.SHAPE)
     expected = _expected(references.open_model(folders[family]), PROMPT, 12)
     assert backend.generate(session, PROMPT, GenerateSettings(max_new_tokens=12, stop_tokens=())) == expected
+
+
+def test_who_listens_is_told_the_same_tokens_one_by_one_while_they_are_made(backend, adapted, family):
+    session, _ = adapted(family)
+    settings = GenerateSettings(max_new_tokens=12, stop_tokens=())
+    told = []
+    answer = backend.generate(session, PROMPT, settings, told.append)
+    assert told == answer == backend.generate(session, PROMPT, settings)
+
+    class EnoughError(Exception):
+        pass
+
+    def listen(token):
+        told.append(token)
+        if len(told) == 3:
+            raise EnoughError
+
+    # Who stops listening stops the work: nothing was made ahead.
+    told.clear()
+    with pytest.raises(EnoughError):
+        backend.generate(session, PROMPT, settings, listen)
+    assert told == answer[:3]
+    stopped = GenerateSettings(max_new_tokens=12, stop_tokens=(answer[2],))
+    told.clear()
+    assert backend.generate(session, PROMPT, stopped, told.append) == told == answer[: answer.index(answer[2]) + 1]

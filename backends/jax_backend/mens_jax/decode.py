@@ -1,8 +1,10 @@
-"""Greedy decoding with a key/value cache, as one compiled function.
+"""Greedy decoding with a key/value cache, in two compiled functions.
 
 ::
 
-    prompt ─▶ all its tokens at once ─▶ cache, first token ─▶ one token at a time, until a stop token or the length
+    prompt ─▶ _begin: all its tokens at once ─▶ cache, first token ─▶ _go_on: token by token, as far as it is told
+
+Where somebody listens it is told to go one token further each time, else to the end at once.
 
 The cache's length is static: prompt and answer, rounded up, so that like requests share a compilation.
 Shape letters: M places of the cache, T tokens, H query heads, K key/value heads, G = H / K, E head width.
@@ -32,13 +34,19 @@ from mens_jax.step import Session
 __all__ = ["generate"]
 
 
-def generate(session: Session, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
+def generate(
+    session: Session,
+    prompt: Sequence[int],
+    settings: GenerateSettings,
+    on_token: Callable[[int], None] | None = None,
+) -> list[int]:
     """Continue a prompt with the likeliest token, again and again.
 
     Args:
         session: from ``open_session``.
         prompt: at least one token id.
         settings: length and stop tokens.
+        on_token: called with each new token as soon as it is known.
 
     Returns:
         The new tokens only; a stop token ends them and is included.
@@ -57,18 +65,23 @@ def generate(session: Session, prompt: Sequence[int], settings: GenerateSettings
     width = rounded_up(len(prompt))
     ids = np.zeros(width, np.int32)
     ids[: len(prompt)] = prompt
-    tokens, count = _generate(
-        session.graph,
-        (layout.num_layers, max(width, rounded_up(longest)), layout.num_kv_heads, layout.head_dim),
-        session.frozen,
-        session.unravel(session.trained.adapter),
-        ids,
-        np.int32(len(prompt)),
-        np.int32(settings.max_new_tokens),
-        _stops(settings.stop_tokens),
-    )
-    found: list[int] = np.asarray(tokens)[: int(count)].tolist()
-    return found
+    weights = session.frozen, session.unravel(session.trained.adapter)
+    places = layout.num_layers, max(width, rounded_up(longest)), layout.num_kv_heads, layout.head_dim
+    length, stops = np.int32(len(prompt)), _stops(settings.stop_tokens)
+    answer = _begin(session.graph, places, *weights, ids, length, stops)
+    if on_token is None:
+        answer = _go_on(session.graph, *weights, answer, np.int32(settings.max_new_tokens), length, stops)
+        return _tokens(answer)
+    on_token(_tokens(answer)[-1])
+    while int(answer.length) < settings.max_new_tokens and not bool(answer.stopped):
+        answer = _go_on(session.graph, *weights, answer, np.int32(answer.length + 1), length, stops)
+        on_token(_tokens(answer)[-1])
+    return _tokens(answer)
+
+
+def _tokens(answer: _Answer) -> list[int]:
+    tokens: list[int] = np.asarray(answer.tokens)[: int(answer.length)].tolist()
+    return tokens
 
 
 def _stops(tokens: tuple[int, ...]) -> NDArray[np.int32]:
@@ -95,35 +108,48 @@ class _Answer(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(
+def _begin(
     graph: nnx.GraphDef[Model],
     cache_shape: tuple[int, int, int, int],
     frozen: nnx.State,
     adapter: nnx.State,
     prompt: Array,
     length: Array,
-    most: Array,
     stops: Array,
-) -> tuple[Array, Array]:
+) -> _Answer:
     model = nnx.merge(graph, adapter, frozen)
+    empty, zero = jnp.zeros(cache_shape, model.head.dtype), jnp.zeros((), jnp.int32)
+    hidden, cache = _extend(model, _Cache(empty, empty), prompt, zero)
+    start = _Answer(cache, jnp.zeros(cache_shape[1], jnp.int32), zero, stopped=zero > 0)
+    return _append(model, start, cache, hidden[length - 1], stops)
 
-    def append(answer: _Answer, cache: _Cache, hidden: Array) -> _Answer:
-        token = dot(hidden, model.head.T, jnp.float32).argmax().astype(jnp.int32)
-        tokens = answer.tokens.at[answer.length].set(token)
-        return _Answer(cache, tokens, answer.length + 1, (stops == token).any())
+
+# The cache is changed where it is.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _go_on(
+    graph: nnx.GraphDef[Model],
+    frozen: nnx.State,
+    adapter: nnx.State,
+    answer: _Answer,
+    most: Array,
+    length: Array,
+    stops: Array,
+) -> _Answer:
+    """Tokens until there are ``most``, or a stop token was met; the prompt had ``length``."""
+    model = nnx.merge(graph, adapter, frozen)
 
     def one_more(answer: _Answer) -> _Answer:
         last = answer.tokens[answer.length - 1][None]
         hidden, cache = _extend(model, answer.cache, last, length + answer.length - 1)
-        return append(answer, cache, hidden[0])
+        return _append(model, answer, cache, hidden[0], stops)
 
-    empty, zero = jnp.zeros(cache_shape, model.head.dtype), jnp.zeros((), jnp.int32)
-    hidden, cache = _extend(model, _Cache(empty, empty), prompt, zero)
-    start = _Answer(cache, jnp.zeros(cache_shape[1], jnp.int32), zero, stopped=zero > 0)
-    answer = lax.while_loop(
-        lambda answer: (answer.length < most) & ~answer.stopped, one_more, append(start, cache, hidden[length - 1])
-    )
-    return answer.tokens, answer.length
+    return lax.while_loop(lambda answer: (answer.length < most) & ~answer.stopped, one_more, answer)
+
+
+def _append(model: Model, answer: _Answer, cache: _Cache, hidden: Array, stops: Array) -> _Answer:
+    token = dot(hidden, model.head.T, jnp.float32).argmax().astype(jnp.int32)
+    tokens = answer.tokens.at[answer.length].set(token)
+    return _Answer(cache, tokens, answer.length + 1, (stops == token).any())
 
 
 def _extend(model: Model, cache: _Cache, input_ids: Array, start: Array) -> tuple[Array, _Cache]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,9 +76,11 @@ def mens_restore(session: step.Session, state: TrainingState) -> step.Session:
 
 
 @hookimpl
-def mens_generate(session: step.Session, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
+def mens_generate(
+    session: step.Session, prompt: Sequence[int], settings: GenerateSettings, on_token: Callable[[int], None] | None
+) -> list[int]:
     """See ``mens_core.hookspecs.mens_generate``."""
-    return decode.generate(session, prompt, settings)
+    return decode.generate(session, prompt, settings, on_token)
 
 
 @hookimpl

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor as Array
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from mens_core.errors import DataError
 from mens_core.exchange import GenerateSettings
@@ -14,13 +16,19 @@ from mens_torch.step import Session
 __all__ = ["generate"]
 
 
-def generate(session: Session, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
+def generate(
+    session: Session,
+    prompt: Sequence[int],
+    settings: GenerateSettings,
+    on_token: Callable[[int], None] | None = None,
+) -> list[int]:
     """Continue a prompt with the likeliest token, again and again.
 
     Args:
         session: from ``open_session``.
         prompt: at least one token id.
         settings: length and stop tokens.
+        on_token: called with each new token as soon as it is known.
 
     Returns:
         The new tokens only; a stop token ends them and is included.
@@ -40,11 +48,28 @@ def generate(session: Session, prompt: Sequence[int], settings: GenerateSettings
         pad_token_id=stops[0] if stops else None,
         use_cache=True,
     )
+    listener = None if on_token is None else _Listener(on_token)
     training = network.config._attn_implementation  # noqa: SLF001 (it has no public reader)
     network.set_attn_implementation(session.model.own_attention)
     try:
-        found = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+        found = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain, streamer=listener)
     finally:
         network.set_attn_implementation(training)
     tokens: list[int] = found[0, len(prompt) :].tolist()
     return tokens
+
+
+class _Listener(BaseStreamer):  # type: ignore[misc]
+    """Passes on what transformers tells a streamer: the prompt first, which is nothing new, then token by token."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self._on_token = on_token
+        self._prompt_was_told = False
+
+    def put(self, value: Array) -> None:
+        if self._prompt_was_told:
+            self._on_token(int(value))
+        self._prompt_was_told = True
+
+    def end(self) -> None:
+        pass

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -65,7 +65,9 @@ def mens_restore(session: Session, state: TrainingState) -> Session:
 
 
 @hookimpl
-def mens_generate(session: Session, prompt: Sequence[int], settings: GenerateSettings) -> list[int]:
+def mens_generate(
+    session: Session, prompt: Sequence[int], settings: GenerateSettings, on_token: Callable[[int], None] | None
+) -> list[int]:
     """The likeliest token, again and again, each time from the whole row: slow, and nothing to get wrong."""
     tokens: list[int] = []
     while len(tokens) < settings.max_new_tokens and (not tokens or tokens[-1] not in settings.stop_tokens):
@@ -77,6 +79,8 @@ def mens_generate(session: Session, prompt: Sequence[int], settings: GenerateSet
             row_lengths=np.array([len(row)], np.int32),
         )
         tokens.append(int(session.logits(batch)[-1].argmax()))
+        if on_token is not None:
+            on_token(tokens[-1])
     return tokens
 
 

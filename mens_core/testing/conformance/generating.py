@@ -14,6 +14,7 @@ __all__ = [
     "test_a_stop_token_ends_the_answer_and_is_in_it",
     "test_every_token_is_the_likeliest_of_forward",
     "test_training_goes_on_after_an_answer_as_if_there_was_none",
+    "test_who_listens_is_told_every_token_in_order",
 ]
 
 
@@ -38,6 +39,17 @@ def test_a_stop_token_ends_the_answer_and_is_in_it(workbench: Workbench) -> None
     settings = GenerateSettings(max_new_tokens=6, stop_tokens=(free[2], tiny.VOCABULARY - 1))
     found, expected = workbench.backend.generate(session, [5, 17], settings), free[: free.index(free[2]) + 1]
     promise(found == expected, "mens_generate", "a stop token ends them", f"{found}, expected {expected}")
+
+
+def test_who_listens_is_told_every_token_in_order(workbench: Workbench) -> None:
+    workbench.needs("generate")
+    session, _ = workbench.adapted(workbench.any_family)
+    told: list[int] = []
+    settings = GenerateSettings(max_new_tokens=6, stop_tokens=())
+    answer = workbench.backend.generate(session, [5, 17], settings, told.append)
+    promise(told == answer, "mens_generate", "on_token", f"{told} were told, {answer} answered")
+    alone = workbench.backend.generate(session, [5, 17], settings)
+    promise(answer == alone, "mens_generate", "on_token", f"{answer} with a listener, {alone} without")
 
 
 def test_training_goes_on_after_an_answer_as_if_there_was_none(workbench: Workbench) -> None:

@@ -45,8 +45,8 @@ class Whole:
         return hooks.mens_restore(session, state)
 
     @hookimpl
-    def mens_generate(self, session, prompt, settings):
-        return hooks.mens_generate(session, prompt, settings)
+    def mens_generate(self, session, prompt, settings, on_token):
+        return hooks.mens_generate(session, prompt, settings, on_token)
 
     @hookimpl
     def mens_merge(self, weight, lora_a, lora_b, scale):
@@ -283,6 +283,20 @@ class Broadcasts(Whole):
         return weight + np.float32(scale) * (lora_b @ lora_a)
 
 
+class TellsTwice(Whole):
+    """Tells of the first token when the prompt is read and again in its loop."""
+
+    name = "tells_twice"
+
+    @hookimpl
+    def mens_generate(self, session, prompt, settings, on_token):
+        tokens = hooks.mens_generate(session, prompt, settings, None)
+        if on_token is not None:
+            for token in (tokens[0], *tokens):
+                on_token(token)
+        return tokens
+
+
 class HalfGradient(Whole):
     """Forgets the scale s in the gradient of B."""
 
@@ -337,4 +351,5 @@ changes_weights, changes_batches, changes_base = ChangesWeights(), ChangesBatche
 mean_of_means, never_clips, counts_infinite = MeanOfMeans(), NeverClips(), CountsInfinite()
 restores_half, keeps_state, joins_rows, writes_files = RestoresHalf(), KeepsState(), JoinsRows(), WritesFiles()
 changes_its_mind, broadcasts, half_gradient = ChangesItsMind(), Broadcasts(), HalfGradient()
+tells_twice = TellsTwice()
 other_epsilon, forgets_decay = OtherEpsilon(), ForgetsDecay()
