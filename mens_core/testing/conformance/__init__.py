@@ -50,6 +50,7 @@ from mens_core.testing.conformance.generating import (
     test_a_stop_token_ends_the_answer_and_is_in_it,
     test_every_token_is_the_likeliest_of_forward,
     test_training_goes_on_after_an_answer_as_if_there_was_none,
+    test_who_listens_is_told_every_token_in_order,
 )
 from mens_core.testing.conformance.offers import (
     test_a_capability_is_what_it_is_declared_to_be,
@@ -148,5 +149,6 @@ __all__ = [
     "test_what_is_dropped_is_made_up_for",
     "test_what_was_given_is_not_kept",
     "test_what_was_restored_comes_out_bit_for_bit",
+    "test_who_listens_is_told_every_token_in_order",
     "workbench",
 ]
