@@ -108,6 +108,12 @@ def preview_rows(
     base = look_at_base(contract, weights=False)
     refuse_failed(base.gates)
     file = find_data(contract.data.data_dir).train
+    if not file.is_file():
+        raise DataError(
+            "there are no rows to look at",
+            where=file,
+            fix="write some with: python -m mens_core corpus pairs SOURCES --output DIR",
+        )
     table = row_table(file, sha256_file(file), contract, base.encoder, news=news)
     if not len(table.rows):
         table.faults.check()

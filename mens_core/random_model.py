@@ -51,7 +51,13 @@ SIZES = {
 
 
 def write_random_model(
-    output: Path, *, arch: str, size: str = "tiny", text: Sequence[Path], vocab_size: int = 512, seed: int = 42
+    output: str | Path,
+    *,
+    arch: str,
+    size: str = "tiny",
+    text: Sequence[str | Path],
+    vocab_size: int = 512,
+    seed: int = 42,
 ) -> None:
     """Write config.json, model.safetensors, tokenizer.json and its companions.
 
@@ -73,11 +79,12 @@ def write_random_model(
         raise ModelError(f"there is no architecture {arch!r}", expected=f"one of {', '.join(GRAPHS)}")
     if size not in SIZES:
         raise ModelError(f"there is no size {size!r}", expected=f"one of {', '.join(SIZES)}")
-    missing = [path for path in text if not path.is_file()]
-    if missing or not text:
+    texts = [Path(path) for path in text]
+    missing = [path for path in texts if not path.is_file()]
+    if missing or not texts:
         raise DataError("the tokenizer needs text files", where=", ".join(map(str, missing)) or "none given")
-    with appearing(output) as building:
-        tokens = _write_tokenizer(building, text, vocab_size, SIZES[size].positions)
+    with appearing(Path(output)) as building:
+        tokens = _write_tokenizer(building, texts, vocab_size, SIZES[size].positions)
         write_random_weights(building, arch=arch, size=SIZES[size], vocab_size=tokens, seed=seed)
 
 

@@ -58,7 +58,7 @@ class _Claim:
         return {"what": self.what, "state": state, "detail": detail}
 
 
-def verify_run(folder: Path) -> dict[str, Any]:
+def verify_run(folder: str | Path) -> dict[str, Any]:
     """Recheck every hash that a run's manifest holds, and what else it says of its files.
 
     Args:
@@ -71,6 +71,7 @@ def verify_run(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: if there is no manifest, or it is not one of a run.
     """
+    folder = Path(folder)
     record = find_file(folder, MANIFEST) if folder.is_dir() else None
     if record is None:
         raise ModelError(f"there is no {MANIFEST}", where=folder, expected="the folder of a run")

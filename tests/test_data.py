@@ -133,6 +133,14 @@ def test_what_would_refuse_a_run_is_shown_with_the_rows(data, capsys):
     assert "line 6 holds no row" in capsys.readouterr().err
 
 
+def test_a_folder_without_rows_is_an_error_that_says_how_to_make_some(capsys, tmp_path):
+    status, out, err = show(capsys, "--data-dir", tmp_path)
+    assert status == 2
+    assert not out
+    assert "there are no rows to look at" in err
+    assert "corpus pairs" in err
+
+
 def test_a_page_of_rows_shows_text_and_no_markup_of_the_rows(data, capsys, tmp_path):
     folder = data([row("<script>alert(1)</script>")] * 2)
     page = tmp_path / "rows.html"

@@ -20,7 +20,7 @@ from mens_core.errors import ModelError
 __all__ = ["compare_adapters"]
 
 
-def compare_adapters(left: Path, right: Path) -> dict[str, Any]:
+def compare_adapters(left: str | Path, right: str | Path) -> dict[str, Any]:
     """What two adapters have in common and what not, ready for JSON.
 
     Args:
@@ -35,7 +35,7 @@ def compare_adapters(left: Path, right: Path) -> dict[str, Any]:
     Raises:
         ModelError: if one cannot be read, or a module or a whole tensor has another shape in the two.
     """
-    one, other = open_adapter(left), open_adapter(right)
+    one, other = open_adapter(Path(left)), open_adapter(Path(right))
     ours, theirs = _by_module(one), _by_module(other)
     shared: dict[str, Distance] = {}
     for module, pair in ours.items():

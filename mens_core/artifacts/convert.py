@@ -44,7 +44,12 @@ _TABLES = ("embed_tokens", "wte", "wpe")
 
 
 def convert_adapter(
-    path: Path, to: str, output: Path, *, meta: Path | None = None, method: str | None = None
+    path: str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    meta: str | Path | None = None,
+    method: str | None = None,
 ) -> dict[str, Any]:
     """Write an adapter in another format.
 
@@ -62,14 +67,14 @@ def convert_adapter(
         ModelError: if the adapter cannot be read, the format cannot say what it is, the method contradicts its files,
             or the folder holds something.
     """
-    adapter = open_adapter(path, meta)
+    adapter = open_adapter(Path(path), Path(meta) if meta else None)
     if to not in _WRITERS:
         raise ModelError(f"there is no format {to!r}", expected=f"one of {', '.join(FORMATS)}")
     if method is not None and adapter.method not in {None, method}:
         raise ModelError(
             f"the adapter was trained as {adapter.method}, not as {method}", where=adapter.source, fix="no --method"
         )
-    with appearing(output) as folder:
+    with appearing(Path(output)) as folder:
         notes = _WRITERS[to](folder, attrs.evolve(adapter, method=adapter.method or method))
         files = sorted(file.name for file in folder.iterdir())
     return {

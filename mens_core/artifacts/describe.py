@@ -16,7 +16,7 @@ from mens_core.artifacts.norms import update_norm
 __all__ = ["describe_adapter"]
 
 
-def describe_adapter(path: Path, meta: Path | None = None) -> dict[str, Any]:
+def describe_adapter(path: str | Path, meta: str | Path | None = None) -> dict[str, Any]:
     """What an adapter is, ready for JSON.
 
     Args:
@@ -32,7 +32,7 @@ def describe_adapter(path: Path, meta: Path | None = None) -> dict[str, Any]:
     Raises:
         ModelError: if it cannot be read.
     """
-    adapter = open_adapter(path, meta)
+    adapter = open_adapter(Path(path), Path(meta) if meta else None)
     pairs = dict(zip(adapter.modules, adapter.pairs.values(), strict=True))
     norms = {module: update_norm(pair) for module, pair in pairs.items()}
     return {

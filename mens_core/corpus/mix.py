@@ -39,8 +39,8 @@ _MANY_REPEATS = 10
 
 
 def mix(
-    config_path: Path = DEFAULT_MIX,
-    output: Path | None = None,
+    config_path: str | Path = DEFAULT_MIX,
+    output: str | Path | None = None,
     *,
     allow_missing_sources: bool = False,
     on_bad_row: str = "error",
@@ -66,8 +66,9 @@ def mix(
             has been written then.
         OSError: if the disk refuses; what an earlier mix wrote is then still in place.
     """
+    config_path = Path(config_path)
     config = read_mix_config(config_path)
-    target = _target(config, config_path, output, overwrite=overwrite)
+    target = _target(config, config_path, Path(output) if output else None, overwrite=overwrite)
     most = {"error": 0.0, "skip": max_bad_share}.get(on_bad_row)
     if most is None or not 0 <= most <= 1:
         raise DataError(

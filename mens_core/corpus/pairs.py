@@ -67,8 +67,8 @@ class _Settings:
 
 
 def write_pairs(
-    sources: Sequence[Path],
-    output: Path,
+    sources: Sequence[str | Path],
+    output: str | Path,
     *,
     eval_fraction: float = EVAL_FRACTION,
     seed: int = 0,
@@ -121,7 +121,8 @@ def write_pairs(
         exclude=list(exclude),
     )
     settings.check()
-    _check_output(output, overwrite=overwrite)
+    folder, paths = Path(output), [Path(source) for source in sources]
+    _check_output(folder, overwrite=overwrite)
     with tempfile.TemporaryFile() as spool, tempfile.TemporaryFile() as texts:
         collector = Collector(
             spool,
@@ -129,12 +130,12 @@ def write_pairs(
             Shares(negatives=negatives, multi_turn=multi_turn, seed=seed, max_chars=max_chars),
             min_chars=min_chars,
         )
-        for file in find_sources(sources, exclude, collector.skipped):
+        for file in find_sources(paths, exclude, collector.skipped):
             collector.read(file)
         if not collector.categories:
-            raise _no_rows(sources, collector)
+            raise _no_rows(paths, collector)
         held_out = collector.groups.held_out(eval_fraction, seed)
-        report = _report(output, collector, held_out)
+        report = _report(folder, collector, held_out)
         _write(report, settings, spool, held_out, collector.difficulties if curriculum else None)
     return report
 
