@@ -1,5 +1,5 @@
 # Each verb creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo bench bench-plans bench-data bench-merge bench-nf4
+.PHONY: install check test demo docs bench bench-plans bench-data bench-merge bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,9 @@ test: check                  ## everything
 demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a minute or two
 	$(BIN)/python examples/quickstart.py
 
+docs: $(VENV)/.docs          ## the pages as a site in site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 bench: $(VENV)/.dev          ## the measurements of benchmarks/README.md
 	$(BIN)/python benchmarks/training_step.py
 
@@ -36,6 +39,10 @@ bench-nf4: $(VENV)/.dev      ## NF4 against bitsandbytes and against memory itse
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/.torch: pyproject.toml constraints.txt

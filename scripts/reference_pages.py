@@ -1,4 +1,4 @@
-"""Write docs/reference/ from the code itself: python scripts/reference_pages.py.
+"""Write docs/reference/ and the list of decisions from what they describe: python scripts/reference_pages.py.
 
 The command line from its parsers, the configuration from the contract's fields, hooks and errors from their docstrings,
 the manifest from its schema.
@@ -20,7 +20,7 @@ from mens_core import errors, exchange, hookspecs
 from mens_core.cli import VERBS, _parser
 from mens_core.contract import SECTIONS
 
-FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+DOCS = Path(__file__).parents[1] / "docs"
 
 _COMMAND_LINE = """# Command line
 
@@ -33,6 +33,10 @@ _CONFIGURATION = """# Configuration
 Every field of a run, as `--config` reads it (flat, or under its section), as a flag, and as an argument of
 `Planner().plan` and `Planner().run`. Later wins: defaults, the preset that the file names, the file, `--preset`, flags.
 This page is written by `scripts/reference_pages.py` from the fields themselves.
+"""
+_DECISIONS = """# Decisions
+
+One page each: what was decided, what it was weighed against, what follows.
 """
 _HOOKS = """# Hooks
 
@@ -193,21 +197,29 @@ def manifest() -> str:
     return "\n".join(parts) + "\n"
 
 
+def decisions() -> str:
+    """The decisions by number."""
+    pages = sorted((DOCS / "decisions").glob("0*.md"))
+    titles = (page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in pages)
+    entries = [f"- [{title}]({page.name})" for page, title in zip(pages, titles, strict=True)]
+    return "\n".join([_DECISIONS, *entries]) + "\n"
+
+
 def _type(field: Mapping[str, Any]) -> str:
     kinds = field["type"] if isinstance(field["type"], list) else [field["type"]]
     return " or ".join(kinds)
 
 
 PAGES = {
-    "configuration.md": configuration,
-    "command_line.md": command_line,
-    "hooks.md": hooks,
-    "errors.md": errors_page,
-    "manifest.md": manifest,
+    "decisions/index.md": decisions,
+    "reference/command_line.md": command_line,
+    "reference/configuration.md": configuration,
+    "reference/errors.md": errors_page,
+    "reference/hooks.md": hooks,
+    "reference/manifest.md": manifest,
 }
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
     for name, page in PAGES.items():
-        (FOLDER / name).write_text(page(), encoding="utf-8")
+        (DOCS / name).write_text(page(), encoding="utf-8")

@@ -123,6 +123,36 @@ def test_a_page_says_what_happens(page, desk, tmp_path, monkeypatch, capfd):
             assert agrees(said, printed), f"{page.name}, line {block.line}: {command}\nprints\n{printed}\nnot\n{said}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_link_leads_somewhere(page):
+    lost = [
+        target
+        for target in re.findall(r"\]\(([^)\s]+)\)", _without_code(page))
+        if not target.startswith(("http://", "https://")) and not _leads_somewhere(page, target)
+    ]
+    assert not lost
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$|`[^`\n]+`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def _leads_somewhere(page: Path, target: str) -> bool:
+    name, _, anchor = target.partition("#")
+    found = (page.parent / name).resolve() if name else page
+    if not anchor:
+        return found.exists()
+    titles = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_a_link_to_nowhere_is_found_out():
+    page = ROOT / "README.md"
+    assert _leads_somewhere(page, "docs/data.md#rows")
+    assert not _leads_somewhere(page, "docs/data.md#no-such-title")
+    assert not _leads_somewhere(page, "docs/no_such_page.md")
+
+
 @pytest.mark.parametrize(
     ("said", "printed", "agreed"),
     [
@@ -143,5 +173,5 @@ def test_a_page_that_says_something_else_is_found_out(said, printed, agreed):
 def test_the_reference_is_what_the_code_says():
     written = runpy.run_path(str(ROOT / "scripts/reference_pages.py"))
     for name, page in written["PAGES"].items():
-        current = (written["FOLDER"] / name).read_text(encoding="utf-8")
+        current = (written["DOCS"] / name).read_text(encoding="utf-8")
         assert current == page(), "python scripts/reference_pages.py writes it anew"
