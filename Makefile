@@ -17,7 +17,7 @@ test: check                  ## everything
 	$(BIN)/python -m pytest
 
 demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a minute or two
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/01_quickstart.py
 
 docs: $(VENV)/.docs          ## the pages as a site in site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -1,6 +1,6 @@
 """From source code to a trained adapter, with the library alone.
 
-    make demo            or            python examples/quickstart.py [folder]
+    make demo            or            python examples/01_quickstart.py [folder]
 
 Writes a corpus from this interpreter's standard library, trains the bundled lab base (a byte-level model of seven
 megabytes) with LoRA on torch, and shows what changed: the loss on held-out rows, and one prompt answered before and
@@ -18,17 +18,19 @@ from pathlib import Path
 from mens_core import Planner, generate, write_pairs
 from mens_core.report import TrainingView, run_summary
 
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 PROMPT = "Write the body of this function:\n\ndef is_absolute(path):"
 
 
-def main(folder: Path) -> None:
-    """Make the corpus, train, compare."""
+def main(
+    folder: Path, steps: int = 90, source: Path = LIBRARY, eval_fraction: float = 0.002
+) -> tuple[float | None, float | None]:
+    """Make the corpus, train, compare; returns the held-out loss before and after."""
     begun = time.perf_counter()
-    library = Path(sysconfig.get_path("stdlib"))
     corpus, run = folder / "corpus", folder / "run"
-    print(f"1. corpus from {library}")
+    print(f"1. corpus from {source}")
     # Few rows are held out, so that measuring them twice takes seconds.
-    report = write_pairs([library], corpus, max_chars=400, eval_fraction=0.002, overwrite=True)
+    report = write_pairs([source], corpus, max_chars=400, eval_fraction=eval_fraction, overwrite=True)
     print(report.text())
 
     print("\n2. training")
@@ -38,8 +40,7 @@ def main(folder: Path) -> None:
             output_dir=run,
             backend="torch",
             method="lora",
-            epochs=1,
-            max_steps=90,
+            max_steps=steps,
             batch_size=8,
             grad_accum=1,
             learning_rate=1e-3,
@@ -58,6 +59,7 @@ def main(folder: Path) -> None:
     print(run_summary(result.output_dir, result.manifest))
     print(f"corpus         {corpus}")
     print(f"{time.perf_counter() - begun:.0f} seconds in all")
+    return result.eval_loss_before, result.eval_loss_after
 
 
 if __name__ == "__main__":
