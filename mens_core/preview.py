@@ -26,7 +26,7 @@ from mens_core.survey import look_at_base
 from mens_core.text.encode import Encoder
 from mens_core.text.table import RowTable, Supervision, table_in_memory
 from mens_core.text.tokens import TokenRow
-from mens_core.training.data import load_rows, row_table
+from mens_core.training.data import choose, load_rows, row_table
 
 __all__ = ["Preview", "ShownRow", "preview_rows"]
 
@@ -118,19 +118,29 @@ def preview_rows(
     if not len(table.rows):
         table.faults.check()
     counters, refusal, warnings = _outcome(file, contract, base.encoder)
-    places = _places(table, lines, file) if lines else range(min(first, len(table.rows)))
+    # A row that is asked for by its line is shown whether it is trained on or not.
+    seen = table if lines else _trained_on(table, contract)
+    places = _places(table, lines, file) if lines else range(min(first, len(seen.rows)))
     return Preview(
         file=file,
         base=base.name,
         template=base.encoder.chat.name,
-        shown=tuple(_shown(table, place, base.encoder) for place in places),
+        shown=tuple(_shown(seen, place, base.encoder) for place in places),
         counters=counters,
         roles=_roles(file, base.encoder),
-        histogram=_histogram(table),
-        longest=int(table.rows.lengths.max()),
+        histogram=_histogram(seen),
+        longest=int(seen.rows.lengths.max()),
         refusal=refusal,
         warnings=(*base.encoder.chat.notes, *warnings),
     )
+
+
+def _trained_on(table: RowTable, contract: FineTuneContract) -> RowTable:
+    """The rows that rating and context leave; all, where they leave none, which the refusal says."""
+    try:
+        return choose(table, contract.data)[0]
+    except DataError:
+        return table
 
 
 def _outcome(file: Path, contract: FineTuneContract, encoder: Encoder) -> tuple[dict[str, int], str, tuple[str, ...]]:

@@ -123,6 +123,16 @@ def test_rows_are_shown_with_what_is_trained_on(data, capsys):
     assert re.search(r"tokens of user +\d+%", out)
 
 
+def test_rows_that_are_left_out_are_not_among_those_shown(data, capsys):
+    folder = data([row("first"), row("second", category="tools"), row("third")])
+    _, out, _ = show(capsys, "--data-dir", folder, "--context-filter", "tools")
+    assert "⟦second" in out
+    assert "⟦first" not in out
+    # Unless somebody asks for the line itself.
+    _, out, _ = show(capsys, "--data-dir", folder, "--context-filter", "tools", "--row", 1)
+    assert "⟦first" in out
+
+
 def test_what_would_refuse_a_run_is_shown_with_the_rows(data, capsys):
     folder = data([row()] * 3 + [row("y" * 300)] * 2 + ["not json"])
     status, out, _ = show(capsys, "--data-dir", folder, "--seq-len", 128)

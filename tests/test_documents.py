@@ -61,7 +61,8 @@ def commands(block: Block) -> list[tuple[str, str]]:
     found = []
     for part in parts[1:]:
         command, _, said = part.replace("\\\n", " ").partition("\n")
-        while command.count('"') % 2:
+        while command.count('"') % 2 or ("<<'END'" in command and not command.endswith("\nEND")):
+            assert said, f"line {block.line}: a command without an end"
             more, _, said = said.partition("\n")
             command = f"{command}\n{more}"
         found.append((command, said))

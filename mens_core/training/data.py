@@ -24,7 +24,7 @@ from mens_core.text.table import NO_RATING, UNUSABLE_RATING, Columns, RowTable, 
 from mens_core.text.tokens import TokenRows
 from mens_core.text.workload import workload
 
-__all__ = ["ReadRows", "RowSample", "check_enough", "load_rows", "row_table", "sample"]
+__all__ = ["ReadRows", "RowSample", "check_enough", "choose", "load_rows", "row_table", "sample"]
 
 # Rows that are tokenised to learn how long a run's rows are; 256 of them take a few hundredths of a second.
 _SAMPLED_ROWS = 256
@@ -93,7 +93,7 @@ def load_rows(
     data = contract.data
     table = row_table(path, content, contract, encoder, news=news)
     table.faults.check(_most_faulty(data))
-    chosen, dropped = _choose(table, data)
+    chosen, dropped = choose(table, data)
     rows, ledger = fit_rows(
         chosen.rows,
         chosen.columns.source,
@@ -200,14 +200,14 @@ def sample(path: Path, contract: FineTuneContract, encoder: Encoder) -> RowSampl
     faults.lines = sampled
     table = table_in_memory(rows, encoder, supervision, faults)
     try:
-        chosen, _ = _choose(table, contract.data)
+        chosen, _ = choose(table, contract.data)
     except DataError:
         if sampled == lines:
             raise
         # Rows that a sample does not show may be there all the same.
         faults, faulty, sampled = Faults(path), 0, lines
         table = table_in_memory(iter_rows(path, faults), encoder, supervision, faults)
-        chosen, _ = _choose(table, contract.data)
+        chosen, _ = choose(table, contract.data)
     return RowSample(
         sampled=sampled,
         lines=lines,
@@ -230,8 +230,12 @@ def _most_faulty(data: DataSpec) -> float:
     return _MOST_SKIPPED_BY_DEFAULT if data.max_skip_rate is None else data.max_skip_rate
 
 
-def _choose(table: RowTable, data: DataSpec) -> tuple[RowTable, dict[str, int]]:
-    """Leave out rows that are rated too low or belong to another context, and count them."""
+def choose(table: RowTable, data: DataSpec) -> tuple[RowTable, dict[str, int]]:
+    """Leave out rows that are rated too low or belong to another context, and count them.
+
+    Raises:
+        DataError: if no row is left, or ratings that are to choose cannot be used.
+    """
     columns = table.columns
     low = np.zeros(len(table.rows), np.bool_)
     if data.min_rating is not None:
