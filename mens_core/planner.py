@@ -98,8 +98,8 @@ class Planner:
             observers: called with every telemetry event.
             config: a YAML file of fields,
             preset: the name of a preset,
-            stop: asked before the first step and after each; a text, such as the reason, ends the run in order, with
-                a checkpoint to go on from.
+            stop: asked after each step; a text, such as the reason, ends the run in order, with a checkpoint to go
+                on from.
             **fields: fields by name.
 
         Raises:

@@ -23,7 +23,8 @@ from mens_core.training.telemetry import Telemetry
 __all__ = ["BetweenSteps", "Stop"]
 
 Stop = Callable[[], str | None]
-"""Asked before the first step and after each; a text, such as the name of a signal, ends the run in order."""
+"""Asked after every step, and a first time before the first one, to let it know that the run listens; a text that it
+returns then or later, such as the name of a signal, ends the run in order after the step."""
 
 
 @attrs.define(kw_only=True)

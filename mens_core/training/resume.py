@@ -8,7 +8,14 @@ from typing import Any
 
 import attrs
 
-from mens_core.artifacts.checkpoints import COMPLETE, Checkpoint, check_checkpoint, checkpoint_folders, read_checkpoint
+from mens_core.artifacts.checkpoints import (
+    COMPLETE,
+    Checkpoint,
+    check_checkpoint,
+    checkpoint_folders,
+    checkpoint_name,
+    read_checkpoint,
+)
 from mens_core.artifacts.manifest import installed_versions
 from mens_core.artifacts.rundir import CHECKPOINTS, RunDirectory
 from mens_core.contract import contract_fields
@@ -109,22 +116,26 @@ def find_checkpoint(plan: ExecutionPlan, folder: RunDirectory) -> Found:
     path = Path(asked)
     if (path / CHECKPOINTS).is_dir():
         found = _newest(path / CHECKPOINTS, needs_best=needs_best)
-        if found.checkpoint is None:
-            raise ResumeError(
-                "the run has no checkpoint that is whole", where="; ".join([str(path), *found.passed_over])
-            )
     elif path.is_dir():
-        found = Found(checkpoint=read_checkpoint(path))
+        found = Found(checkpoint=_with_best(path, needs_best=needs_best))
     else:
         raise ResumeError(
             "there is no such checkpoint",
             where=path,
             expected=f"the folder of a checkpoint, with {COMPLETE} in it, or that of a run",
         )
-    assert found.checkpoint is not None, "else it was refused"
-    if found.checkpoint.path.resolve().parent != own.resolve():
-        return attrs.evolve(found, whole=())
-    return attrs.evolve(found, whole=_whole_before(own, found.checkpoint.state.step))
+    if found.checkpoint is None:
+        raise ResumeError("the run has no checkpoint that is whole", where="; ".join([str(path), *found.passed_over]))
+    if found.checkpoint.path.resolve().parent == own.resolve():
+        return attrs.evolve(found, whole=_whole_before(own, found.checkpoint.state.step))
+    best = found.checkpoint.record.get("best")
+    if needs_best and best is not None and best["step"] != found.checkpoint.state.step:
+        raise ResumeError(
+            "early stopping may give the adapter of an earlier checkpoint, which another folder would not have",
+            where=found.checkpoint.path,
+            fix="go on in the run's own folder by --resume auto",
+        )
+    return attrs.evolve(found, whole=())
 
 
 def check_same_run(plan: ExecutionPlan, checkpoint: Checkpoint, now: Mapping[str, Any]) -> tuple[str, ...]:
@@ -179,15 +190,21 @@ def _newest(home: Path, *, needs_best: bool) -> Found:
     passed_over = []
     for step, path in checkpoint_folders(home).items():
         try:
-            checkpoint = read_checkpoint(path)
-            best = checkpoint.record.get("best")
-            if needs_best and best is not None and best["step"] != step:
-                check_checkpoint(checkpoint_folders(home).get(best["step"], home / "of the lowest held-out loss"))
+            checkpoint = _with_best(path, needs_best=needs_best)
         except ResumeError as error:
             passed_over.append(f"{path.name}: {error.what}")
             continue
         return Found(checkpoint=checkpoint, whole=_whole_before(home, step), passed_over=tuple(passed_over))
     return Found(passed_over=tuple(passed_over))
+
+
+def _with_best(path: Path, *, needs_best: bool) -> Checkpoint:
+    """Read a checkpoint; where the run may end with the best one, that has to be whole, too."""
+    checkpoint = read_checkpoint(path)
+    best = checkpoint.record.get("best")
+    if needs_best and best is not None and best["step"] != checkpoint.state.step:
+        check_checkpoint(path.with_name(checkpoint_name(best["step"])))
+    return checkpoint
 
 
 def _whole_before(home: Path, last: int) -> tuple[int, ...]:
