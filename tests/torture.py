@@ -138,28 +138,27 @@ class Rig:
         self.kills, self.faults = collections.Counter(), []
         self.resumes = self.equal = self.runs = self.orphans = self.looks = 0
         self._pids = set()
-        started = time.monotonic()
         output = folder / f"{kernel}-undisturbed"
+        started = time.monotonic()
         if os.waitpid(_fork(folder, _asked(folder, kernel, output)), 0)[1]:
             raise SystemExit((folder / "trace").read_text(encoding="utf-8"))
         self._adapter, self._files = _sha256(output / "adapter_model.safetensors"), _files(output)
         self._results = _results(output)
-        # The second attempt finds everything compiled.
-        started = time.monotonic()
-        again = folder / f"{kernel}-again"
-        os.waitpid(_fork(folder, _asked(folder, kernel, again)), 0)
         self.seconds = time.monotonic() - started
-        for path in (output, again):
-            shutil.rmtree(path)
+        shutil.rmtree(output)
 
     def run(self, kills):
         """One run, killed at most so often."""
         output = self.folder / f"{self.kernel}-{self.runs}"
         self.runs += 1
         attempts = 0
+        started = time.monotonic()
         while not self._attempt(output, kill=kills > attempts):
             attempts += 1
             self.resumes += 1
+        if not attempts:
+            # Everything was compiled already, which it was not for the undisturbed run.
+            self.seconds = min(self.seconds, time.monotonic() - started)
         self.equal += _sha256(output / "adapter_model.safetensors") == self._adapter
         if _results(output) != self._results:
             self.faults.append(f"{output.name}: losses and counters are not those of the undisturbed run")
@@ -250,8 +249,8 @@ def _results(folder):
     return {name: value for name, value in results.items() if not any(word in name for word in timed)}
 
 
-def torture(kernels, kills, seed):
-    """Kill each kernel's runs as often; the summary line, and what was wrong."""
+def torture(kernels, seed):
+    """Kill each kernel's runs as often as it says; the summary line, and what was wrong."""
     for module in ("mens_torch.hooks", "transformers.models.llama.modeling_llama", "mens_core.planner"):
         importlib.import_module(module)
     if any(kernel.startswith("jax") for kernel in kernels):
@@ -261,7 +260,7 @@ def torture(kernels, kills, seed):
     began, rigs = time.monotonic(), []
     try:
         _write_inputs(folder)
-        for kernel in kernels:
+        for kernel, kills in kernels.items():
             rig = Rig(folder, kernel, random.Random(f"{seed} {kernel}"))  # noqa: S311 (no secret)
             rigs.append(rig)
             while rig.kills.total() < kills:
@@ -285,11 +284,12 @@ def torture(kernels, kills, seed):
 def main():
     """Torture, and end with exit code 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=52, help="of each kernel (default 52)")
-    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--kills", type=int, default=52, help="of each of the four kernels (default 52)")
+    parser.add_argument("--only", nargs="+", metavar="KERNEL=KILLS", help="these kernels, each so often")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    line, faults = torture(arguments.kernels, arguments.kills, arguments.seed)
+    named = dict(part.split("=") for part in arguments.only or [f"{kernel}={arguments.kills}" for kernel in KERNELS])
+    line, faults = torture({kernel: int(kills) for kernel, kills in named.items()}, arguments.seed)
     sys.stdout.write("\n".join([*faults, line]) + "\n")
     return 1 if faults else 0
 
