@@ -5,8 +5,8 @@
 A GPT-2-shaped model (width 768, vocabulary 50,257, random weights), one window of four rows of 118 to 414 tokens, rank
 16 on all linears. Some steps with a save before them, which a thread writes meanwhile, and as many without, take turns.
 What the steps with the save take longer, copying the state and handing it over included, is divided by a hundred steps,
-after which the next save comes. It is CPU time of the process, so that all that the writing thread does counts as if the
-loop had waited for it: an upper bound, which another core lowers.
+after which the next save comes. It is CPU time of the process, so that all that the writing thread does counts as if
+the loop had waited for it: an upper bound, which another core lowers.
 """
 
 from __future__ import annotations

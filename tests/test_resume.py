@@ -273,6 +273,15 @@ def test_a_constant_rate_may_go_on_for_longer(asked, tmp_path):
     assert result.interruptions == ("complete",)
 
 
+@pytest.mark.parametrize("part", ["progress", "fields", "sha256"])
+def test_a_state_that_lacks_something_is_refused(stopped, part):
+    home = stopped["output_dir"] / "checkpoints"
+    newest = read_checkpoint(home / "step-00000005")
+    write_checkpoint(home, newest.state, {**newest.record, part: None}, newest.curve)
+    with pytest.raises(ResumeError, match=r"state\.json cannot be read"):
+        Planner().run(**stopped, resume="auto")
+
+
 def test_a_complete_run_is_left_as_it_is(asked, undisturbed):
     before = _files(undisturbed.output_dir)
     result = Planner().run(**asked, output_dir=undisturbed.output_dir, resume="auto")

@@ -50,7 +50,7 @@ class Manifest:
         self.fields: dict[str, Any] = _planned(plan, plugin)
         if earlier is not None:
             self.fields |= {name: earlier[name] for name in ("run_id", "created_at")}
-            self.fields["interruptions"] = [*earlier["interruptions"], _interruption(earlier, step)]
+            self.fields["interruptions"] = [*earlier.get("interruptions", []), _interruption(earlier, step)]
         write_json(path, self.fields)
 
     def update(self, **fields: Any) -> None:

@@ -55,7 +55,7 @@ def result_of(
         resumed_from: the checkpoint that this process went on from.
     """
     results = manifest["results"]
-    best = results["best_checkpoint"]
+    best = results.get("best_checkpoint")
     return RunResult(
         output_dir=folder.path,
         adapter_dir=folder.path,
@@ -64,7 +64,7 @@ def result_of(
         eval_loss_before=results.get("eval_loss_before"),
         eval_loss_after=results.get("eval_loss_after"),
         resumed_from=resumed_from,
-        interruptions=tuple(entry["reason"] for entry in manifest["interruptions"]),
+        interruptions=tuple(entry["reason"] for entry in manifest.get("interruptions", [])),
         best_checkpoint=None if best is None else folder.path / best,
     )
 

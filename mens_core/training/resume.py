@@ -21,6 +21,7 @@ from mens_core.artifacts.rundir import CHECKPOINTS, RunDirectory
 from mens_core.contract import contract_fields
 from mens_core.errors import ResumeError, RunDirectoryError
 from mens_core.plan import ExecutionPlan
+from mens_core.training.progress import Progress
 from mens_core.training.schedule import warmup_for
 
 __all__ = ["Found", "begun_with", "check_same_run", "find_checkpoint", "goes_on", "refuse_complete"]
@@ -150,9 +151,10 @@ def check_same_run(plan: ExecutionPlan, checkpoint: Checkpoint, now: Mapping[str
     """
     then = checkpoint.record
     try:
+        Progress.of(checkpoint)
         differences = [*_different(then, now)]
         kept = [text for name, text in differences if not _is_harmless(name, then, now)]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ResumeError(f"state.json cannot be read: {error!r}", where=checkpoint.path) from error
     listing = "\n".join(f"  - {text}" for _, text in differences)
     if kept:
