@@ -65,7 +65,7 @@ ORACLE_ROTARY = 2e-5
 CURVE = 2e-5
 
 # A run of ten steps that goes on on the other backend after its fourth, against the undisturbed one: each step's loss,
-# in nats a token. What was asked for; the errors are those of the gradients, as above.
+# in nats a token. What was asked for; observed: 3.5e-7, with qlora 1.2e-6.
 ELSEWHERE = 1e-4
 
 # The norm of s·B·A, or of the difference of two, from the triangles of QR in float64, against the formed matrices,
