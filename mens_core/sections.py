@@ -329,7 +329,7 @@ class CheckpointSpec:
     checkpoint_every: int = fields.integer(
         100,
         "Save a checkpoint after every so many optimizer steps, at the end of every epoch and after the last step; "
-        "with 0 only where the run is stopped.",
+        "with 0 only where the run is stopped, or where eval-every finds the lowest held-out loss.",
         low=0,
         unit="steps",
         digest=False,
