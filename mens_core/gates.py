@@ -39,6 +39,8 @@ def contract_gates(contract: FineTuneContract) -> tuple[GateVerdict, ...]:
             message=f"method qlora has an NF4 base (base_quant {quant}, method {method})",
             fix="--backend lora, or --base-quant auto",
         ),
+        *_edge_gates(contract),
+        _forced_kernel(contract),
         GateVerdict(
             code="early_stopping_evaluates",
             passed=contract.training.early_stopping_patience is None or contract.training.eval_every is not None,
@@ -51,8 +53,6 @@ def contract_gates(contract: FineTuneContract) -> tuple[GateVerdict, ...]:
             message="a run is gone on with or overwritten, not both",
             fix="leave out --resume or --overwrite",
         ),
-        *_edge_gates(contract),
-        _forced_kernel(contract),
     )
 
 
