@@ -16,7 +16,7 @@ check: $(VENV)/.dev          ## format, lint, types, layers
 test: check                  ## everything
 	$(BIN)/python -m pytest
 
-torture: $(VENV)/.dev        ## 208 kills at random moments, every run to end with the same bytes, ten minutes on a quiet machine
+torture: $(VENV)/.dev        ## 208 kills at random moments, every run to end with the same bytes, ten to forty minutes
 	$(BIN)/python tests/torture.py
 
 demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a minute or two

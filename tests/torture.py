@@ -1,4 +1,4 @@
-"""Kill runs at random moments and go on with them: python tests/torture.py --kills 200.
+"""Kill runs at random moments and go on with them: python tests/torture.py [--kills 52] [--only torch_lora=9 …].
 
 Every run is killed by SIGKILL again and again and gone on with until it is complete. Each adapter then has the bytes of
 an undisturbed run's, nothing is left that an undisturbed run would not leave, and whenever somebody looked, the
