@@ -1,5 +1,5 @@
 # Each verb creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo docs bench bench-plans bench-data bench-merge bench-nf4
+.PHONY: install check test torture demo docs bench bench-plans bench-data bench-merge bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,9 @@ check: $(VENV)/.dev          ## format, lint, types, layers
 
 test: check                  ## everything
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/.dev        ## 208 kills at random moments, every run to end with the same bytes, ten to forty minutes
+	$(BIN)/python tests/torture.py
 
 demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a minute or two
 	$(BIN)/python examples/01_quickstart.py

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from mens_core.plugins import BackendInfo, installed_backends
     from mens_core.preview import preview_rows
     from mens_core.random_model import write_random_model
-    from mens_core.training.run import RunResult
+    from mens_core.training.result import RunResult
     from mens_core.verification import verify_run
 
 _HOMES = {
@@ -60,7 +60,7 @@ _HOMES = {
     "NF4Spec": "exchange",
     "Planner": "planner",
     "QuantizedWeight": "exchange",
-    "RunResult": "training.run",
+    "RunResult": "training.result",
     "Speed": "plan",
     "StepMetrics": "exchange",
     "TrainingState": "exchange",

@@ -8,6 +8,7 @@
     ├── quant       how the frozen base is stored
     ├── training    how long, how fast, from which seed
     ├── compute     which backend, device and number format, how much memory
+    ├── checkpoint  what is kept while it runs, when it stops, how it goes on
     └── output      where the run directory goes, what the adapter is for
 
 The fields are in ``mens_core.sections``. They are given flat, in layers of which a later one wins; the contract
@@ -30,6 +31,7 @@ from mens_core.errors import ContractError
 from mens_core.sections import (
     METHODS,
     AdapterSpec,
+    CheckpointSpec,
     ComputeSpec,
     DataSpec,
     ModelSpec,
@@ -69,7 +71,7 @@ RETIRED = {
     "train_file": "data_dir names the folder; training_contract.yaml in it may name another file",
     "tokenizer_mode": "give it as tokenizer",
     "lr": "give it as learning_rate",
-    "resume_from": "a run is not resumed yet",
+    "resume_from": "give it as resume",
     "qlora_max_skip_rate": "give it as max_skip_rate",
     "qlora_lm_head_only": "the whole graph is trained; choose layers with targets",
     "qlora_proxy_max_layers": "the whole graph is trained; choose layers with targets",
@@ -100,6 +102,7 @@ class FineTuneContract:
     quant: QuantSpec
     training: TrainingSpec
     compute: ComputeSpec
+    checkpoint: CheckpointSpec
     output: OutputSpec
     origins: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False)
 
@@ -189,6 +192,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "quant": QuantSpec,
     "training": TrainingSpec,
     "compute": ComputeSpec,
+    "checkpoint": CheckpointSpec,
     "output": OutputSpec,
 }
 """Name of each section → its class, in order."""

@@ -6,7 +6,9 @@
     ├── ModelError                a model folder, config.json, tokenizer or weight file cannot be used
     ├── GateError                 the planner refuses the run
     ├── RunDirectoryError         the output folder cannot be used
+    ├── ResumeError               a checkpoint is damaged, or is not of this run
     ├── TrainingError             the run started and had to be stopped
+    ├── RunInterrupted            the run was asked to stop; it can go on
     └── PluginError               a backend or plugin cannot be used
         ├── UnknownBackendError       no installed distribution offers that name
         ├── AmbiguousBackendError     two distributions claim one name
@@ -18,6 +20,8 @@ A message says what happened, where, what was expected and what to do now, each 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 __all__ = [
     "AmbiguousBackendError",
     "BrokenBackendError",
@@ -28,7 +32,9 @@ __all__ = [
     "MensError",
     "ModelError",
     "PluginError",
+    "ResumeError",
     "RunDirectoryError",
+    "RunInterrupted",
     "TrainingError",
     "UnknownBackendError",
     "printable",
@@ -100,6 +106,24 @@ class RunDirectoryError(MensError):
 
 class TrainingError(MensError):
     """The run started and was stopped, for example by a loss that is not finite."""
+
+
+class ResumeError(MensError):
+    """A checkpoint is damaged, or differs from the run that is asked for in what cannot differ."""
+
+
+class RunInterrupted(MensError):  # noqa: N818 (it is no failure: what was asked for has been done)
+    """The run was asked to stop, has finished its step and saved a checkpoint.
+
+    Attributes:
+        reason: what ``stop`` said, such as SIGTERM, or ``max_time``.
+        step: optimizer steps that have been taken.
+        checkpoint: the folder that it goes on from.
+    """
+
+    def __init__(self, reason: str, *, step: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {reason} after step {step}", where=checkpoint, fix="go on with --resume auto")
+        self.reason, self.step, self.checkpoint = reason, step, checkpoint
 
 
 class PluginError(MensError):

@@ -19,9 +19,23 @@ import attrs
 
 from mens_core.errors import ContractError
 
-__all__ = ["choice", "integer", "names", "number", "path", "pattern", "size", "switch", "text", "written_size"]
+__all__ = [
+    "choice",
+    "duration",
+    "integer",
+    "names",
+    "number",
+    "path",
+    "pattern",
+    "size",
+    "switch",
+    "text",
+    "written_size",
+]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?b?)")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _UNITS = {"": 1, "b": 1} | {
     f"{letter}{binary}{end}": (1024 if binary else 1000) ** power
     for power, letter in enumerate("kmgt", start=1)
@@ -113,6 +127,26 @@ def _bytes(text: str) -> int:
     if found is None:
         raise ValueError(f"{text!r} is not a size such as 6GiB, 800MB or a number of bytes")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def duration(help_text: str, **extra: Any) -> Any:
+    """Seconds, none by default; written as 90s, 30m, 2h and the like, or as a plain number of seconds."""
+
+    def check(value: object) -> str | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            return "must be a duration such as 90s, 30m, 2h or a number of seconds"
+        return None
+
+    return _field(None, help_text, parse=_seconds, check=check, metavar="TIME", as_text=True, **extra)
+
+
+def _seconds(text: str) -> float:
+    found = _DURATION.fullmatch(text.strip().lower())
+    if found is None:
+        raise ValueError(f"{text!r} is not a duration such as 90s, 30m, 2h or a number of seconds")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def choice(default: str, choices: tuple[str, ...], help_text: str, **extra: Any) -> Any:

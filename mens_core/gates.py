@@ -41,6 +41,18 @@ def contract_gates(contract: FineTuneContract) -> tuple[GateVerdict, ...]:
         ),
         *_edge_gates(contract),
         _forced_kernel(contract),
+        GateVerdict(
+            code="early_stopping_evaluates",
+            passed=contract.training.early_stopping_patience is None or contract.training.eval_every is not None,
+            message="early stopping, if it is asked for, has held-out losses to count",
+            fix="--eval-every 100",
+        ),
+        GateVerdict(
+            code="resume_or_overwrite",
+            passed=not (contract.output.overwrite and contract.checkpoint.resume != "never"),
+            message="a run is gone on with or overwritten, not both",
+            fix="leave out --resume or --overwrite",
+        ),
     )
 
 
@@ -80,7 +92,9 @@ def base_gates(layout: Layout, tokenizer: str, tokenizer_file: Path) -> tuple[Ga
     )
 
 
-def data_gates(contract: FineTuneContract, train_file: Path, layout: Layout) -> tuple[GateVerdict, ...]:
+def data_gates(
+    contract: FineTuneContract, train_file: Path, held_out: Path | None, layout: Layout
+) -> tuple[GateVerdict, ...]:
     """Check the rows' place and length."""
     seq_len = contract.data.seq_len
     return (
@@ -89,6 +103,12 @@ def data_gates(contract: FineTuneContract, train_file: Path, layout: Layout) -> 
             passed=train_file.is_file(),
             message=f"training rows in {train_file}",
             fix="python -m mens_core corpus pairs <sources> --output <data-dir>",
+        ),
+        GateVerdict(
+            code="held_out_file_exists",
+            passed=contract.training.eval_every is None or held_out is not None,
+            message=f"held-out rows beside {train_file}, if eval_every asks for their loss",
+            fix="put eval.jsonl beside the training rows, or leave out --eval-every",
         ),
         GateVerdict(
             code="row_fits_positions",

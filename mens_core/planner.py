@@ -37,7 +37,9 @@ from mens_core.preflight import (
 )
 from mens_core.speeds import outdated_speeds, read_speeds
 from mens_core.survey import Base, Rows, look_at_base, look_at_rows
-from mens_core.training.run import RunResult, run_plan
+from mens_core.training.between import Stop
+from mens_core.training.result import RunResult
+from mens_core.training.run import run_plan
 from mens_core.training.schedule import warmup_for
 from mens_core.training.telemetry import Observer
 
@@ -86,6 +88,7 @@ class Planner:
         observers: Sequence[Observer] = (),
         config: str | Path | None = None,
         preset: str | None = None,
+        stop: Stop = lambda: None,
         **fields: Any,
     ) -> RunResult:
         """Plan, train, and leave a complete run directory.
@@ -95,12 +98,14 @@ class Planner:
             observers: called with every telemetry event.
             config: a YAML file of fields,
             preset: the name of a preset,
+            stop: asked after each step; a text, such as the reason, ends the run in order, with a checkpoint to go
+                on from.
             **fields: fields by name.
 
         Raises:
             MensError: whatever ``plan`` raises; GateError for what preflight finds; DataError for the rows;
-                RunDirectoryError for the folder; TrainingError for a run that had to be stopped, which the manifest
-                then records as failed.
+                RunDirectoryError for the folder; ResumeError for a checkpoint; TrainingError for a run that had to be
+                stopped, which the manifest then records as failed; RunInterrupted for one that was told to stop.
         """
         plan, backend = resolve(_contract(contract, config, preset, fields))
         refuse_failed(plan.preflight, "preflight refuses the run")
@@ -108,7 +113,7 @@ class Planner:
         if plan.contract.compute.certify:
             certificate = certify_run(plan, plan_in_float32)
             refuse_uncertified(certificate)
-        return run_plan(plan, backend, observers, certificate)
+        return run_plan(plan, backend, observers, certificate, stop)
 
 
 def resolve(contract: FineTuneContract, *, trains: bool = True) -> tuple[ExecutionPlan, Backend]:

@@ -237,6 +237,8 @@ def run_summary(output_dir: Path, manifest: Mapping[str, Any]) -> str:
     ]
     if "eval_loss_before" in results:
         lines.append(f"held-out loss  {results['eval_loss_before']:.4f} → {results['eval_loss_after']:.4f}")
+    if results["adapter_step"] != steps:
+        lines.append(f"adapter of     step {results['adapter_step']}, which has the lowest held-out loss")
     lines += [f"planned        {text}" for text in [_planned(manifest["estimate"])] if text]
     dropped = {name: results[name] for name in results if name.startswith("rows_") and results[name]}
     lines += [f"{name.replace('_', ' ')}: {count}" for name, count in dropped.items()]
@@ -311,6 +313,8 @@ class TrainingView:
                 self._rows_read(payload)
             case "train_start":
                 self._start(payload)
+            case "train_resume":
+                self._resume(payload)
             case "evaluation":
                 self._line(f"held-out loss {payload['eval_loss']:.4f} after {payload['step']} steps")
             case "step":
@@ -332,6 +336,13 @@ class TrainingView:
             self._progress = _bar()
             self._task = self._progress.add_task("training", total=payload["planned_steps_total"], figures="")
             self._progress.start()
+
+    def _resume(self, payload: Mapping[str, Any]) -> None:
+        for damaged in payload["passed_over"]:
+            self._line(f"warning: passed over a damaged checkpoint, {damaged}")
+        self._line(f"going on from step {payload['step']}" if payload["path"] else "beginning anew")
+        for note in payload["notes"]:
+            self._line(f"note: {note}")
 
     def _rows_read(self, payload: Mapping[str, Any]) -> None:
         if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:

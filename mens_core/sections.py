@@ -16,6 +16,7 @@ from mens_core import fields
 __all__ = [
     "METHODS",
     "AdapterSpec",
+    "CheckpointSpec",
     "ComputeSpec",
     "DataSpec",
     "ModelSpec",
@@ -255,6 +256,23 @@ class TrainingSpec:
         evidence="the default of transformers' Trainer",
     )
     seed: int = fields.integer(42, "Seeds the adapter's start, the order of the rows and dropout.", low=0)
+    eval_every: int | None = fields.integer(
+        None,
+        "Measure the held-out loss after every so many optimizer steps, beside before the first and after the last; "
+        "the checkpoint of the lowest one is kept.",
+        low=1,
+        unit="steps",
+    )
+    early_stopping_patience: int | None = fields.integer(
+        None,
+        "End after so many held-out losses in a row that are not below the lowest; the adapter is then that of the "
+        "lowest one, and not of the last step, however the run ended. Needs eval-every.",
+        low=1,
+        unit="evaluations",
+    )
+    early_stopping_min_delta: float = fields.number(
+        0.0, "By how much a held-out loss has to be below the lowest to count as lower.", low=0.0, unit="nats a token"
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -300,6 +318,41 @@ class ComputeSpec:
         high=1.0,
         exclusive=True,
         flag="--vram-limit-fraction",
+        digest=False,
+    )
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointSpec:
+    """What is kept while a run goes on, when it stops, and how it goes on."""
+
+    checkpoint_every: int = fields.integer(
+        100,
+        "Save a checkpoint after every so many optimizer steps, at the end of every epoch and after the last step; "
+        "with 0 only where the run is stopped, or where eval-every finds the lowest held-out loss.",
+        low=0,
+        unit="steps",
+        digest=False,
+    )
+    keep_checkpoints: int = fields.integer(
+        2, "The newest checkpoints that are kept, beside the one of the lowest held-out loss.", low=1, digest=False
+    )
+    max_time: float | None = fields.duration(
+        "Stop after this time, once the step that goes on then is done, and save a checkpoint: 90s, 30m, 2h. Counted "
+        "anew each time the run goes on.",
+        digest=False,
+    )
+    resume: str = fields.text(
+        "never",
+        "never refuses an output folder that holds a run; auto goes on from its newest checkpoint that is whole, and "
+        "begins where there is none; a path goes on from that checkpoint, or from the newest one of that run.",
+        metavar="auto|never|PATH",
+        digest=False,
+    )
+    resume_anyway: bool = fields.switch(
+        False,
+        "Go on although the contract differs, where it differs in what leaves the steps to come the same, such as the "
+        "backend, but for rounding.",
         digest=False,
     )
 

@@ -136,7 +136,7 @@ def look_at_rows(contract: FineTuneContract, base: Base) -> Rows:
     if contract.data.data_dir is None:
         raise ContractError("data_dir is required", fix="python -m mens_core train --help")
     files = find_data(contract.data.data_dir)
-    gates = data_gates(contract, files.train, base.layout)
+    gates = data_gates(contract, files.train, files.held_out, base.layout)
     refuse_failed(gates)
     return Rows(files=files, sample=sample(files.train, contract, base.encoder), gates=gates)
 

@@ -10,9 +10,10 @@ from typing import Any
 import attrs
 
 from mens_core.artifacts.adapters import open_adapter, weights_of
+from mens_core.artifacts.checkpoints import check_checkpoint, checkpoint_folders
 from mens_core.artifacts.files import sha256_file
 from mens_core.artifacts.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from mens_core.artifacts.rundir import MANIFEST, PREFLIGHT
+from mens_core.artifacts.rundir import CHECKPOINTS, MANIFEST, PREFLIGHT
 from mens_core.contract import FineTuneContract
 from mens_core.errors import MensError, ModelError
 from mens_core.hf.files import find_file, read_json
@@ -23,6 +24,7 @@ from mens_core.text.encode import open_encoder
 
 __all__ = ["verify_run"]
 
+_WHOLE = "as its COMPLETE says"
 _NOT_RECORDED = "the manifest has no hash of it"
 
 
@@ -91,6 +93,8 @@ def _claims(folder: Path, manifest: Mapping[str, Any]) -> Iterator[_Claim]:
     yield from _of_base(manifest)
     yield from _of_rows(manifest)
     yield from _of_run(folder, manifest)
+    for path in checkpoint_folders(folder / CHECKPOINTS).values():
+        yield _Claim(f"checkpoint, {path.name}", _WHOLE, lambda path=path: check_checkpoint(path) and _WHOLE)  # type: ignore[misc]
 
 
 def _digest(plan: Mapping[str, Any]) -> str:

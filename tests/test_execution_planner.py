@@ -101,6 +101,8 @@ EDGE = {"deployment_target": "mobile_edge", "seq_len": 512, "rank": 32, "batch_s
         ("mobile_edge_batch_size", EDGE, EDGE | {"batch_size": 2}),
         ("mobile_edge_device", EDGE, EDGE | {"device": "auto"}),
         ("forced_kernel_agrees", {"backend": "torch_lora"}, {"backend": "torch_lora", "method": "qlora"}),
+        ("early_stopping_evaluates", {"eval_every": 2, "early_stopping_patience": 1}, {"early_stopping_patience": 1}),
+        ("resume_or_overwrite", {"resume": "auto"}, {"resume": "auto", "overwrite": True}),
     ],
 )
 def test_each_gate_of_a_contract_holds_and_fails_by_one_change(code, good, bad, rows, tmp_path):
@@ -177,11 +179,14 @@ def test_the_gates_of_a_plan_are_recorded_in_their_order(fields):
         "nf4_requires_qlora",
         "qlora_requires_nf4",
         "forced_kernel_agrees",
+        "early_stopping_evaluates",
+        "resume_or_overwrite",
         "config_json_exists",
         "base_is_no_adapter",
         "tokenizer_exists",
         "lab_tokenizer_fits",
         "train_file_exists",
+        "held_out_file_exists",
         "row_fits_positions",
         "backend_available",
         "fits_memory",

@@ -53,8 +53,13 @@ def test_a_run_that_nobody_touched_holds(places, capsys):
 
 def test_the_manifest_has_the_hash_of_every_file_that_the_run_left(places):
     hashes = json.loads((places / "run" / "training_manifest.json").read_text())["sha256"]["run_files"]
-    assert {"training_manifest.json", *hashes} == {path.name for path in (places / "run").iterdir()}
+    assert {"training_manifest.json", *hashes} == {path.name for path in (places / "run").iterdir() if path.is_file()}
     assert {"adapter_model.safetensors", "adapter_config.json", "telemetry.jsonl"} < set(hashes)
+
+
+def test_a_checkpoint_that_is_damaged_is_noticed(restored):
+    _flipped(restored / "run" / "checkpoints" / "step-00000002" / "optimizer.safetensors", -1)
+    assert {what for what, state in _states(restored / "run").items() if state != "ok"} == {"checkpoint, step-00000002"}
 
 
 # File → where a bit is turned, and the checks that notice.

@@ -1,15 +1,19 @@
 """training_manifest.json: what was asked, what was decided, what happened, true at every moment.
 
-``status`` goes planned → running → complete, or ends as failed or interrupted. Field names are those of the
-older system's manifest (schema 5) where it has the same notion; this one is schema 6.
+``status`` goes planned → running → complete, or ends as failed or interrupted. A run that says planned or running
+and whose process (``pid`` on ``host``) is no more was killed; the next one that goes on with it says so. Field names
+are those of the older system's manifest (schema 5) where it has the same notion; this one is schema 6.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import os
 import platform
+import socket
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +39,18 @@ class Manifest:
         path: of training_manifest.json.
         plan: of the run.
         plugin: the backend's distribution and version.
+        earlier: the manifest of the same run before it was interrupted; None of a new one.
+        step: after which it goes on.
     """
 
-    def __init__(self, path: Path, plan: ExecutionPlan, plugin: str) -> None:
+    def __init__(
+        self, path: Path, plan: ExecutionPlan, plugin: str, earlier: Mapping[str, Any] | None = None, step: int = 0
+    ) -> None:
         self.path = path
         self.fields: dict[str, Any] = _planned(plan, plugin)
+        if earlier is not None:
+            self.fields |= {name: earlier[name] for name in ("run_id", "created_at")}
+            self.fields["interruptions"] = [*earlier.get("interruptions", []), _interruption(earlier, step)]
         write_json(path, self.fields)
 
     def update(self, **fields: Any) -> None:
@@ -52,11 +63,30 @@ class Manifest:
         self.update(status=status, finished_at=utc_now(), **fields)
 
 
+def _interruption(earlier: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """How the process before ended, and after which step its successor goes on."""
+    reasons = {
+        "interrupted": earlier.get("reason"),
+        "failed": earlier.get("error"),
+        "complete": "complete",
+    }
+    return {
+        "reason": reasons.get(earlier["status"]) or "killed",
+        "at": earlier.get("finished_at"),
+        "resumed_at": utc_now(),
+        "resumed_from_step": step,
+    }
+
+
 def _planned(plan: ExecutionPlan, plugin: str) -> dict[str, Any]:
     contract, layout = plan.contract, plan.layout
     return {
         "manifest_schema_version": SCHEMA_VERSION,
         "status": "planned",
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "interruptions": [],
+        "resumed_from": None,
         "run_id": str(uuid.uuid4()),
         "created_at": utc_now(),
         "execution_kernel": plan.execution_kernel,

@@ -8,21 +8,26 @@ A lock file, held by the operating system as long as the process lives, keeps tw
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 import filelock
 
+from mens_core.artifacts.checkpoints import keep_only, remove_leftovers
 from mens_core.errors import RunDirectoryError
+from mens_core.hf.files import read_json
 from mens_core.sections import OutputSpec
 
-__all__ = ["MANIFEST", "PREFLIGHT", "RunDirectory"]
+__all__ = ["CHECKPOINTS", "MANIFEST", "PREFLIGHT", "RunDirectory"]
 
 MANIFEST = "training_manifest.json"
 PREFLIGHT = "training-preflight.json"
+CHECKPOINTS = "checkpoints"
 
 # What a run writes, and all that overwriting one may remove.
 _RUN_FILES = (
@@ -38,6 +43,9 @@ _RUN_FILES = (
 
 _LOCK = ".run.lock"
 _HOLDER = ".run.holder"
+
+# What a process leaves that was killed while it wrote one of these files, see ``mens_core.atomic``.
+_HALF_WRITTEN = re.compile(rf"\.({'|'.join(map(re.escape, _RUN_FILES))})\.[0-9a-f]{{8}}\.tmp")
 
 
 @attrs.frozen
@@ -71,17 +79,39 @@ class RunDirectory:
         """MODEL_CARD.md."""
         return self.path / "MODEL_CARD.md"
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints; not there before the first."""
+        return self.path / CHECKPOINTS
+
+    def earlier(self) -> dict[str, Any] | None:
+        """The manifest of the run that the folder holds; None if it holds none.
+
+        Raises:
+            ModelError: if it cannot be read.
+        """
+        return read_json(self.manifest, expected="the manifest of a run") if self.manifest.exists() else None
+
+    def clear(self) -> None:
+        """Remove a run, the manifest last, so that what is left is a run's at every moment."""
+        keep_only(self.checkpoints, ())
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
+        for name in reversed(_RUN_FILES):
+            (self.path / name).unlink(missing_ok=True)
+
     def written(self) -> tuple[Path, ...]:
         """The files that the run has written so far, the manifest left out."""
         return tuple(self.path / name for name in _RUN_FILES if name != MANIFEST and (self.path / name).is_file())
 
     @classmethod
     @contextmanager
-    def claim(cls, output: OutputSpec) -> Iterator[RunDirectory]:
+    def claim(cls, output: OutputSpec, *, goes_on: bool = False) -> Iterator[RunDirectory]:
         """Create the folder and hold its lock until the block ends.
 
         Args:
             output: the folder, whose parents are created too, and whether an earlier run's files are removed.
+            goes_on: whether a run that it holds is left as it is, but for what a killed process left half-written.
 
         Raises:
             RunDirectoryError: if another process holds it, it holds a run, or it holds other people's files.
@@ -107,7 +137,8 @@ class RunDirectory:
         except OSError as error:
             raise RunDirectoryError(f"the output folder cannot be written to: {error}", where=path) from error
         try:
-            _make_room(path, overwrite=output.overwrite)
+            _remove_half_written(path)
+            _make_room(cls(path), overwrite=output.overwrite, goes_on=goes_on)
             (path / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
             created = False
             yield cls(path)
@@ -119,18 +150,30 @@ class RunDirectory:
                 path.rmdir()
 
 
-def _make_room(path: Path, *, overwrite: bool) -> None:
-    found = [entry for entry in path.iterdir() if entry.name != _LOCK]
+def _remove_half_written(path: Path) -> None:
+    for entry in [*path.iterdir()]:
+        if entry.name == _HOLDER or _HALF_WRITTEN.fullmatch(entry.name):
+            entry.unlink()
+    remove_leftovers(path / CHECKPOINTS)
+
+
+def _make_room(folder: RunDirectory, *, overwrite: bool, goes_on: bool) -> None:
+    found = [entry for entry in folder.path.iterdir() if entry.name != _LOCK]
     if not found:
         return
-    if not (path / MANIFEST).exists():
+    if not folder.manifest.exists():
         names = ", ".join(sorted(entry.name for entry in found)[:5])
         raise RunDirectoryError(
-            "the output folder holds files that are not a run's", where=f"{path}: {names}", fix="choose an empty folder"
+            "the output folder holds files that are not a run's",
+            where=f"{folder.path}: {names}",
+            fix="choose an empty folder",
         )
+    if goes_on:
+        return
     if not overwrite:
         raise RunDirectoryError(
-            "the output folder already holds a run", where=path, fix="choose another --output-dir, or pass --overwrite"
+            "the output folder already holds a run",
+            where=folder.path,
+            fix="go on with it by --resume auto, choose another --output-dir, or replace it by --overwrite",
         )
-    for name in _RUN_FILES:
-        (path / name).unlink(missing_ok=True)
+    folder.clear()

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mens_core import report
+from mens_core.cli.signals import EXIT_CODES, raise_at_once
 from mens_core.errors import MensError
 
 __all__ = ["VERBS", "main"]
@@ -41,7 +42,6 @@ VERBS = {
 
 # Verbs that share a module.
 _MODULES = {"merge-qlora": "merge_adapter", "merge-weights": "merge_adapter"}
-_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,16 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after ``python -m mens_core``; those of the process if not given.
 
     Returns:
-        The exit code: 0 done, 1 what was examined does not hold, 2 refused, 130 interrupted.
+        The exit code: 0 done, 1 what was examined does not hold, 2 refused, 130 or 143 interrupted by SIGINT or
+        SIGTERM, 124 out of the time that a run was given.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parse(words)
-    former = signal.signal(signal.SIGTERM, _interrupt)
+    arguments.words = words
+    former = signal.signal(signal.SIGTERM, raise_at_once)
     try:
         return int(arguments.run(arguments))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         report.complain("interrupted")
-        return _INTERRUPTED
+        # Without a name it is Python's own, for SIGINT.
+        return EXIT_CODES.get(str(interrupt), EXIT_CODES["SIGINT"])
     except MensError as error:
         if arguments.debug:
             raise
@@ -102,11 +105,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             verb_parser.add_argument("--debug", action="store_true", help="show the full trace of an error")
             verb_parser.set_defaults(run=module.run, parser=verb_parser)
     return parser
-
-
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    # A run that is terminated must leave an honest manifest, just as one that is interrupted.
-    raise KeyboardInterrupt
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

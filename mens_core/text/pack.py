@@ -136,10 +136,10 @@ class Batching:
         """Optimizer steps in every epoch."""
         return -(-self.count(lengths) // self.grad_accum)
 
-    def windows(self, rows: TokenRows, epoch: int) -> Iterator[list[Batch]]:
-        """One epoch's accumulation windows, each a list of 1 to ``grad_accum`` batches."""
+    def windows(self, rows: TokenRows, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
+        """One epoch's accumulation windows from the ``first`` on, each a list of 1 to ``grad_accum`` batches."""
         chosen = self.batches(rows.lengths, epoch)
-        for start in range(0, len(chosen), self.grad_accum):
+        for start in range(first * self.grad_accum, len(chosen), self.grad_accum):
             yield [pack(rows.take(places)) for places in chosen[start : start + self.grad_accum]]
 
     def shape(self, rows: TokenRows, epochs: int) -> BatchShape:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -16,63 +15,46 @@ from mens_core.text.pack import Batching, pack, total_steps
 from mens_core.text.tokens import TokenRows
 from mens_core.training.guards import check_finite
 from mens_core.training.memory import peak_memory_bytes
+from mens_core.training.progress import Progress
 from mens_core.training.schedule import learning_rate, warmup_for
 from mens_core.training.telemetry import Telemetry
 
-__all__ = ["Progress", "evaluate", "train"]
+__all__ = ["Pauses", "evaluate", "train"]
 
 
-@attrs.define(kw_only=True)
-class Progress:
-    """What a finished loop leaves.
+class Pauses(Protocol):
+    """What is done between two steps, see ``mens_core.training.between``."""
 
-    Attributes:
-        losses: mean loss of each step, in nats per supervised token.
-        tokens: all tokens that went through the model.
-        supervised_tokens: those of them that were trained on.
-        seconds: wall time of the loop.
-        step_seconds: of each step.
-    """
+    def due(self, step: int) -> bool:
+        """Whether anything is to be done after this step; asked once a step."""
 
-    losses: list[float] = attrs.field(factory=list)
-    step_seconds: list[float] = attrs.field(factory=list)
-    tokens: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0
-
-    def summary(self) -> dict[str, Any]:
-        """The loop's part of the manifest's results; first and last loss are means of a tenth of the steps."""
-        tenth = max(1, len(self.losses) // 10)
-        return {
-            "optimizer_steps": len(self.losses),
-            "first_loss": sum(self.losses[:tenth]) / tenth,
-            "last_loss": sum(self.losses[-tenth:]) / tenth,
-            "tokens_trained": self.tokens,
-            "supervised_tokens_trained": self.supervised_tokens,
-            "train_seconds": self.seconds,
-            "median_step_seconds": statistics.median(self.step_seconds),
-            "tokens_per_sec": self.tokens / self.seconds,
-        }
+    def act(self, step: int, epoch: int) -> bool:
+        """Do it, with all figures up to this step known; true ends the run."""
 
 
 def train(
-    backend: Backend, session: Any, rows: TokenRows, contract: FineTuneContract, telemetry: Telemetry
-) -> Progress:
-    """Step through all windows of all epochs.
+    backend: Backend,
+    session: Any,
+    rows: TokenRows,
+    contract: FineTuneContract,
+    telemetry: Telemetry,
+    progress: Progress,
+    pauses: Pauses,
+) -> None:
+    """Step through the windows of all epochs, from where the progress stands.
 
     The metrics of a step are read after the next one has been handed to the device, so that reading them never
-    makes it wait.
+    makes it wait, unless there is something to do in between.
 
     Raises:
         TrainingError: if a loss or gradient norm is not finite.
     """
     spec, batching = contract.training, Batching.of(contract)
-    total = total_steps(batching.steps(rows.lengths), spec)
+    per_epoch = batching.steps(rows.lengths)
+    total = total_steps(per_epoch, spec)
     warmup = warmup_for(total, spec.warmup_steps)
-    progress, pending = Progress(), None
-    for step, (epoch, window) in enumerate(_windows(rows, batching, spec.epochs)):
-        if step == total:
-            break
+    pending = None
+    for step, window in _windows(rows, batching, progress.steps, total, per_epoch):
         rate = learning_rate(
             step, schedule=spec.schedule, peak=spec.learning_rate, warmup_steps=warmup, total_steps=total
         )
@@ -80,11 +62,15 @@ def train(
         metrics = backend.step(session, window, rate)
         if pending is not None:
             _record(progress, telemetry, pending, ended=started)
-        place = {"epoch": epoch, "step": step + 1, "total_steps": total, "lr": rate}
+        place = {"epoch": step // per_epoch, "step": step + 1, "total_steps": total, "lr": rate}
         pending = _Pending(place=place, window=window, metrics=metrics, started=started)
+        if pauses.due(step + 1):
+            _record(progress, telemetry, pending, ended=None)
+            pending = None
+            if pauses.act(step + 1, step // per_epoch):
+                break
     if pending is not None:
         _record(progress, telemetry, pending, ended=None)
-    return progress
 
 
 def evaluate(backend: Backend, session: Any, rows: TokenRows, batch_size: int) -> float:
@@ -94,10 +80,17 @@ def evaluate(backend: Backend, session: Any, rows: TokenRows, batch_size: int) -
     return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
-def _windows(rows: TokenRows, batching: Batching, epochs: int) -> Iterator[tuple[int, list[Batch]]]:
-    for epoch in range(epochs):
-        for window in batching.windows(rows, epoch):
-            yield epoch, window
+def _windows(
+    rows: TokenRows, batching: Batching, first: int, total: int, per_epoch: int
+) -> Iterator[tuple[int, list[Batch]]]:
+    """Every step from ``first`` on, and its window."""
+    step = first
+    while step < total:
+        for window in batching.windows(rows, step // per_epoch, step % per_epoch):
+            if step == total:
+                return
+            yield step, window
+            step += 1
 
 
 @attrs.frozen(kw_only=True)
@@ -111,7 +104,7 @@ class _Pending:
 
 
 def _record(progress: Progress, telemetry: Telemetry, step: _Pending, *, ended: float | None) -> None:
-    """Read a step's metrics; it lasted until the next one began, or, being the last, until it was read."""
+    """Read a step's metrics; it lasted until the next one began, or where none followed at once, until it was read."""
     loss = float(step.metrics.loss_sum) / step.metrics.supervised_tokens
     grad_norm = float(step.metrics.grad_norm)
     check_finite(step.place["step"], loss, grad_norm)

@@ -57,6 +57,14 @@ OTHER = {
     "weight_decay": 0.1,
     "max_grad_norm": 0.3,
     "seed": 1,
+    "eval_every": 10,
+    "early_stopping_patience": 2,
+    "early_stopping_min_delta": 0.01,
+    "checkpoint_every": 7,
+    "keep_checkpoints": 1,
+    "max_time": 60.0,
+    "resume": "auto",
+    "resume_anyway": True,
     "backend": "jax",
     "kernel": "burn_lora",
     "device": "cpu",
@@ -82,6 +90,11 @@ NOT_IN_THE_DIGEST = {
     "overwrite",
     "start_from",
     "certify",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_time",
+    "resume",
+    "resume_anyway",
 }
 CONTRADICTION = {"qlora_require_full_proxy_stack": True, "qlora_allow_partial_proxy_stack": True}
 TOGETHER = {name: value for name, value in OTHER.items() if name != "qlora_allow_partial_proxy_stack"}

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,40 @@ def test_nothing_of_the_claim_remains(tmp_path):
     with _claim(tmp_path / "a" / "run") as folder:
         assert folder.path.is_dir()
     assert list(folder.path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_is_not_other_peoples(tmp_path):
+    # Killed in its first second, before there was a manifest.
+    (tmp_path / f".{MANIFEST}.0123abcd.tmp").write_text("{")
+    (tmp_path / ".run.holder").write_text("process 1 on elsewhere")
+    (tmp_path / ".run.lock").touch()
+    with _claim(tmp_path) as folder:
+        write_json(folder.manifest, {})
+        # Killed in the middle of a save, of a removal and of a rewrite.
+        for name in (".step-00000002.ab12", ".step-00000001.0123abcd"):
+            (folder.checkpoints / name).mkdir(parents=True)
+            (folder.checkpoints / name / "state.json").write_text("{")
+        (tmp_path / ".telemetry.jsonl.0123abcd.tmp").write_text("")
+        (tmp_path / ".notes.tmp").write_text("mine")
+    with RunDirectory.claim(OutputSpec(output_dir=tmp_path), goes_on=True) as folder:
+        assert list(folder.checkpoints.iterdir()) == []
+    assert {entry.name for entry in tmp_path.iterdir()} == {MANIFEST, ".notes.tmp", "checkpoints"}
+
+
+def test_a_run_that_is_cleared_stays_a_run_until_the_last_file(tmp_path, monkeypatch):
+    with _claim(tmp_path) as folder:
+        write_json(folder.manifest, {})
+        (folder.checkpoints / "step-00000001").mkdir(parents=True)
+        (folder.checkpoints / "notes").write_text("mine")
+        folder.telemetry.write_text("")
+    removed = []
+    real = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **given: removed.append(path.name) if path.exists() else real(path, **given)
+    )
+    folder.clear()
+    assert removed[-1] == MANIFEST
+    assert [entry.name for entry in folder.checkpoints.iterdir()] == ["notes"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
