@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import mens_core
 from mens_core import report
@@ -28,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
     answer = mens_core.generate(
         arguments.prompt, adapter=arguments.adapter, max_new_tokens=arguments.max_new_tokens, **given_fields(arguments)
     )
-    report.say(answer)
+    report.say(answer, as_it_is=not sys.stdout.isatty())
     return 0

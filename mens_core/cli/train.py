@@ -7,6 +7,7 @@ import argparse
 import mens_core
 from mens_core import report
 from mens_core.cli.flags import add_contract_flags, add_layer_flags, contract_from
+from mens_core.training_view import TrainingView
 
 __all__ = ["add_arguments", "run"]
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         mens_core.Planner().run(contract)
         return 0
     report.say(f"planning {contract.adapter.method} from {contract.data.data_dir} to {contract.output.output_dir}")
-    with report.TrainingView() as view:
+    with TrainingView() as view:
         result = mens_core.Planner().run(contract, observers=[view.observe])
     report.say(report.run_summary(result.output_dir, result.manifest))
     return 0
