@@ -1,5 +1,5 @@
 # Each verb creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test demo bench bench-plans bench-data bench-merge bench-nf4
+.PHONY: install check test observers fuzz demo bench bench-plans bench-data bench-merge bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,13 @@ check: $(VENV)/.dev          ## format, lint, types, layers
 
 test: check                  ## everything
 	$(BIN)/python -m pytest
+
+observers: $(VENV)/.dev      ## the tests of W&B and MLflow, whose 200 MB the other tests do without
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,observers]'
+	$(BIN)/python -m pytest tests/test_observers.py
+
+fuzz: $(VENV)/.dev           ## the three parsers of foreign files, ten minutes; FUZZ_SECONDS=60 for less
+	$(BIN)/python tests/fuzz.py
 
 demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a minute or two
 	$(BIN)/python examples/quickstart.py
