@@ -175,7 +175,7 @@ def _new_environment() -> jinja2.Environment:
 
     safe: dict[tuple[type, str], bool] = {}
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": PINNED_DATE.strftime,
