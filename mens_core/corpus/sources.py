@@ -36,6 +36,8 @@ _IN_FOLDERS = (*PYTHON_ENDINGS, *MARKDOWN_ENDINGS)
 # Beyond this a file is data in disguise, and its syntax tree would take gigabytes.
 _LARGEST_FILE_BYTES = 4_000_000
 
+_LONGEST_LINE = 1 << 24
+
 
 @attrs.frozen
 class SourceFile:
@@ -105,7 +107,11 @@ def read_lines(file: SourceFile, skipped: Ledger) -> Iterator[bytes]:
     number = 0
     try:
         with gzip.open(file.path) if file.ends_with((".gz",)) else file.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):  # noqa: B007 (the number tells how far it was read)
+            while line := lines.readline(_LONGEST_LINE + 1):
+                number += 1
+                if len(line) > _LONGEST_LINE:
+                    skipped.add("cannot be read on", f"{file.name}, line {number}: more than {_LONGEST_LINE:,} bytes")
+                    return
                 yield line
     except (OSError, EOFError, zlib.error) as error:
         skipped.add(
