@@ -70,7 +70,7 @@ class Bench:
         """Run a verb that has to refuse; returns its error."""
         code, _, error = self.run(verb, capsys)
         assert code == 2, f"exit code {code}"
-        assert error.count("error:") == 1, error
+        assert sum(line.startswith("error:") for line in error.splitlines()) == 1, error
         assert "Traceback" not in error
         if self.output.exists():
             assert not any(path.name.endswith((".safetensors", ".tmp")) for path in self.output.rglob("*"))
@@ -82,11 +82,11 @@ class Bench:
         rows = ["--data-dir", self.data, *model, "--seq-len", 256]
         return {
             "plan": ["plan", *rows, "--output-dir", self.output],
-            "scan": ["plan", *rows, "--output-dir", self.output, "--scan-weights"],
+            "scan": ["train", *rows, "--output-dir", self.output, "--scan-weights"],
             "train": ["train", *rows, "--output-dir", self.output, "--max-steps", 1, "--rank", 2],
             "show": ["data", "show", *rows[:4], "--no-colour"],
             "config": ["plan", "--config", self.world / "run.yaml", *rows, "--output-dir", self.output],
-            "mix": ["corpus", "mix", self.world / "mix.yaml"],
+            "mix": ["corpus", "mix", "--config", self.world / "mix.yaml"],
             "pairs": ["corpus", "pairs", self.data, *output],
             "validate": ["corpus", "validate", self.data / "train.jsonl"],
             "info": ["adapter", "info", self.adapter],

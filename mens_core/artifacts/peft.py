@@ -44,6 +44,7 @@ _BEYOND: dict[str, Any] = {
 
 _NUMBERS = {"r": int, "lora_alpha": int | float}
 _LARGEST = 1e9
+_NAMES = "names, or one pattern"
 
 
 def read_peft(folder: Path) -> LoraAdapter:
@@ -167,6 +168,12 @@ def _targets(config: Mapping[str, Any], folder: Path) -> Targets | None:
         return None
     if isinstance(names, str) or (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         excluded = config.get("exclude_modules") or ()
+        if not isinstance(excluded, str) and not _are_names(excluded):
+            raise ModelError(f"exclude_modules is {excluded!r:.100}", where=folder / ADAPTER_CONFIG, expected=_NAMES)
+        if not (layers is None or _is_layer(layers) or (isinstance(layers, list) and all(map(_is_layer, layers)))):
+            raise ModelError(
+                f"layers_to_transform is {layers!r:.100}", where=folder / ADAPTER_CONFIG, expected="numbers"
+            )
         return Targets(
             names=check_pattern(names) if isinstance(names, str) else tuple(names),
             excluded=check_pattern(excluded) if isinstance(excluded, str) else tuple(excluded),
@@ -174,7 +181,15 @@ def _targets(config: Mapping[str, Any], folder: Path) -> Targets | None:
         )
     if names is None:
         return None
-    raise ModelError(f"target_modules is {names!r}", where=folder / ADAPTER_CONFIG, expected="names, or one pattern")
+    raise ModelError(f"target_modules is {names!r}", where=folder / ADAPTER_CONFIG, expected=_NAMES)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_named(adapter: LoraAdapter, weights: Path) -> None:

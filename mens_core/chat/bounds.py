@@ -18,10 +18,12 @@ from jinja2 import nodes, sandbox
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context, str_join
 
+from mens_core.errors import ModelError
+
 __all__ = ["BoundedSandbox", "EndlessTemplateError"]
 
 _MOST_STEPS = 1_000_000
-_MOST_SECONDS = 3.0
+_MOST_SECONDS = 1.0
 _LONGEST, _MOST_MADE = 32_000_000, 256_000_000
 _WIDEST = 1_000_000
 _LARGEST_BITS = 4096
@@ -48,8 +50,11 @@ _SHRINKING_METHODS = {
 # fmt: on
 
 
-class EndlessTemplateError(Exception):
-    """A template was stopped: it works without end, or makes something without end."""
+class EndlessTemplateError(ModelError):
+    """A template was stopped: it works without end, or makes something without end; with other rows it would, too."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the chat template {what}", fix="take it from the model's own page")
 
 
 class _Generator(CodeGenerator):
@@ -98,7 +103,7 @@ class BoundedSandbox(sandbox.ImmutableSandboxedEnvironment):
         if self._steps % 64 and self._steps <= _MOST_STEPS:
             return
         if self._steps > _MOST_STEPS or time.thread_time() - self._started > _MOST_SECONDS:
-            raise EndlessTemplateError("the template works without end")
+            raise EndlessTemplateError("works without end")
 
     def add_filter(self, name: str, written: Callable[..., Any]) -> None:
         """Offer a filter, bounded as the others are."""
@@ -129,7 +134,7 @@ class BoundedSandbox(sandbox.ImmutableSandboxedEnvironment):
         elif isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > _LARGEST_BITS:
-                raise EndlessTemplateError("the template makes an endless number")
+                raise EndlessTemplateError("makes an endless number")
         else:
             times, what = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int) and isinstance(what, _SEQUENCES):
@@ -151,7 +156,7 @@ class BoundedSandbox(sandbox.ImmutableSandboxedEnvironment):
         """Told before something of a size, in characters or members, is made."""
         self._made += size
         if size > _LONGEST or self._made > _MOST_MADE:
-            raise EndlessTemplateError("the template makes an endless text")
+            raise EndlessTemplateError("makes an endless text")
 
     def _joined(self, pieces: Iterable[str]) -> str:
         """What a macro or a block writes."""
@@ -175,7 +180,7 @@ class BoundedSandbox(sandbox.ImmutableSandboxedEnvironment):
             case "replace":
                 self._make(len(text) + (len(text) + 1) * _growth(texts))
             case "expandtabs" | "translate":
-                raise EndlessTemplateError(f"the template uses {method}, which none needs")
+                raise EndlessTemplateError(f"uses {method}, which none needs")
             case "join" if args:
                 parts = list(args[0])
                 self._make(sum(map(len, filter(_is_text, parts))) + len(text) * len(parts))
@@ -200,7 +205,7 @@ class BoundedSandbox(sandbox.ImmutableSandboxedEnvironment):
             elif name == "replace" and texts:
                 self._make((len(texts[0]) + 1) * _growth(texts[1:]))
             elif name == "sum" and any(isinstance(start, _SEQUENCES) for start in given[2:]):
-                raise EndlessTemplateError("the template adds up lists")
+                raise EndlessTemplateError("adds up lists")
             elif name == "indent" and texts:
                 width = max([4, *(n for n in given[1:] if isinstance(n, int)), *map(len, texts[1:])])
                 self._make(texts[0].count("\n") * width)
@@ -218,12 +223,12 @@ class BoundedSandbox(sandbox.ImmutableSandboxedEnvironment):
 
 def _check_numbers(arguments: Iterable[Any]) -> None:
     if any(isinstance(argument, int) and abs(argument) > _WIDEST for argument in arguments):
-        raise EndlessTemplateError("the template asks for an endless width")
+        raise EndlessTemplateError("asks for an endless width")
 
 
 def _check_format(text: str) -> None:
     if _WIDE_FORMAT.search(text):
-        raise EndlessTemplateError("the template formats to an endless width")
+        raise EndlessTemplateError("formats to an endless width")
 
 
 def _growth(texts: list[str]) -> int:
@@ -236,7 +241,7 @@ def _check_indent(positional: Iterable[Any], named: dict[str, Any]) -> None:
     for indent in (*positional, *named.values()):
         wide = len(indent) if isinstance(indent, str) else indent if isinstance(indent, int) else 0
         if wide > _WIDEST_INDENT:
-            raise EndlessTemplateError("the template indents to an endless width")
+            raise EndlessTemplateError("indents to an endless width")
 
 
 def _is_text(value: object) -> bool:

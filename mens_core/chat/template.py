@@ -81,9 +81,13 @@ class Template:
 
         Raises:
             Fault: if the template refuses the conversation, or fails.
+            ModelError: if it works, or writes, without end.
         """
         try:
             text = self._written(self._compiled, messages, tools, opened=opened)
+        # It was stopped, and would have to be for every row.
+        except ModelError:
+            raise
         # Whatever a template raises is its way to say that it cannot write this conversation.
         except Exception as error:
             raise Fault(f"a conversation that the chat template refuses: {_reason(error)}", _ACCEPTED) from error
@@ -100,6 +104,8 @@ class Template:
         """
         try:
             return self._written(self._sealed, messages, (), opened=False)
+        except ModelError:
+            raise
         # A failure proves nothing: such conversations are rendered word by word, and fail there if they have to.
         except (Looked, Exception):  # noqa: BLE001 (whatever it is)
             return None
@@ -123,7 +129,7 @@ class Template:
             parts.append(part)
             length += len(part)
             if length > _LONGEST_TEXT:
-                raise ValueError("it makes an endless text of it")
+                raise ModelError("the chat template makes an endless text", fix="take it from the model's own page")
         return "".join(parts)
 
 

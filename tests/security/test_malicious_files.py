@@ -47,7 +47,7 @@ def _piped(bench):
 
 def _sparse(bench):
     with (bench.data / "train.jsonl").open("ab") as file:
-        file.truncate(1 << 36)
+        file.truncate(1 << 28)
 
 
 def _contract(text):
@@ -317,13 +317,13 @@ def test_what_a_run_says_of_itself_is_shown_escaped(bench, capsys):
     assert "\\x1b[2J" in printed
 
 
-SMALL = {"a Zstandard bomb": ROWS, "a gzip bomb of lists": ROWS, "a row without end": ROWS}
+BOMBS = ("a Zstandard bomb", "a gzip bomb of lists", "a row without end")
 
 
-@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("case", BOMBS)
 def test_a_bomb_is_refused_within_two_gigabytes_of_addresses(case, bench):
     """The twin of the bench's own account: the system itself would stop who takes more."""
-    SMALL[case](bench)
+    ROWS[case](bench)
     limit = 2 << 30
     done = subprocess.run(
         [sys.executable, "-m", "mens_core", "corpus", "validate", *map(str, bench.data.glob("train.jsonl*"))],
@@ -333,5 +333,4 @@ def test_a_bomb_is_refused_within_two_gigabytes_of_addresses(case, bench):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert done.returncode == 2, done.stderr
-    assert "error:" in done.stderr
-    assert "MemoryError" not in done.stderr
+    assert "has a line of more than 16,777,216 bytes" in done.stdout + done.stderr
