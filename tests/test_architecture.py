@@ -185,6 +185,12 @@ def test_no_file_of_ours_is_long():
     assert not too_long
 
 
+def test_the_telemetry_page_is_what_the_schema_says():
+    page = runpy.run_path(str(ROOT / "scripts/telemetry_page.py"))["page"]
+    current = (ROOT / "docs/telemetry.md").read_text(encoding="utf-8")
+    assert current == page(), "python scripts/telemetry_page.py writes it anew"
+
+
 def test_the_configuration_page_is_what_the_fields_say():
     page = runpy.run_path(str(ROOT / "scripts/configuration_page.py"))["page"]
     current = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
