@@ -13,14 +13,14 @@ from typing import IO, Protocol
 
 from mens_core.errors import DataError
 
-__all__ = ["read_lines"]
+__all__ = ["LONGEST_LINE", "read_lines"]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # A packed piece grows by at most a factor of 1,000 in gzip; in Zstandard, 4 bytes can stand for 128 KiB.
 _PIECE = 1 << 12
 # The longest row there is reason to read has a tenth of this: four million tokens.
-_LONGEST_LINE = 1 << 24
+LONGEST_LINE = 1 << 24
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -56,7 +56,7 @@ class _DamagedError(Exception):
     """A packed stream that does not come to its end, or a line that does not."""
 
 
-_TOO_LONG = f"the file of rows has a line of more than {_LONGEST_LINE:,} bytes"
+_TOO_LONG = f"the file of rows has a line of more than {LONGEST_LINE:,} bytes"
 
 
 class _Stream(Protocol):
@@ -81,8 +81,8 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
         unpacker = zstandard.ZstdDecompressor()
         yield from _split(_unpacked(file, unpacker.decompressobj, zstandard.ZstdError))
     else:
-        while line := file.readline(_LONGEST_LINE + 1):
-            if len(line) > _LONGEST_LINE:
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
                 raise _DamagedError(_TOO_LONG)
             yield line.removesuffix(b"\n")
 
@@ -112,7 +112,7 @@ def _split(pieces: Iterable[bytes]) -> Iterator[bytes]:
         end, feed, rest = piece.partition(b"\n")
         begun.append(end)
         length = 0 if feed else length + len(end)
-        if length > _LONGEST_LINE:
+        if length > LONGEST_LINE:
             raise _DamagedError(_TOO_LONG)
         if feed:
             yield b"".join(begun)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 
+from mens_core.corpus.lines import LONGEST_LINE
 from mens_core.corpus.pair import Ledger
 from mens_core.errors import DataError
 
@@ -35,8 +36,6 @@ _IN_FOLDERS = (*PYTHON_ENDINGS, *MARKDOWN_ENDINGS)
 
 # Beyond this a file is data in disguise, and its syntax tree would take gigabytes.
 _LARGEST_FILE_BYTES = 4_000_000
-
-_LONGEST_LINE = 1 << 24
 
 
 @attrs.frozen
@@ -107,10 +106,10 @@ def read_lines(file: SourceFile, skipped: Ledger) -> Iterator[bytes]:
     number = 0
     try:
         with gzip.open(file.path) if file.ends_with((".gz",)) else file.path.open("rb") as lines:
-            while line := lines.readline(_LONGEST_LINE + 1):
+            while line := lines.readline(LONGEST_LINE + 1):
                 number += 1
-                if len(line) > _LONGEST_LINE:
-                    skipped.add("cannot be read on", f"{file.name}, line {number}: more than {_LONGEST_LINE:,} bytes")
+                if len(line) > LONGEST_LINE:
+                    skipped.add("cannot be read on", f"{file.name}, line {number}: more than {LONGEST_LINE:,} bytes")
                     return
                 yield line
     except (OSError, EOFError, zlib.error) as error:
