@@ -1,5 +1,5 @@
 # Each verb creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test torture demo docs bench bench-plans bench-data bench-merge bench-nf4
+.PHONY: install check test torture observers fuzz demo docs bench bench-plans bench-data bench-merge bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,6 +18,13 @@ test: check                  ## everything
 
 torture: $(VENV)/.dev        ## 208 kills at random moments, every run to end with the same bytes, ten to forty minutes
 	$(BIN)/python tests/torture.py
+
+observers: $(VENV)/.dev      ## the tests of W&B and MLflow, whose 200 MB the other tests do without
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,observers]'
+	$(BIN)/python -m pytest tests/test_observers.py
+
+fuzz: $(VENV)/.dev           ## the three parsers of foreign files, ten minutes; FUZZ_SECONDS=60 for less
+	$(BIN)/python tests/fuzz.py
 
 demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and after, in a minute or two
 	$(BIN)/python examples/01_quickstart.py

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from mens_core import Planner, generate, write_pairs
-from mens_core.report import TrainingView, run_summary
+from mens_core.report import run_summary
+from mens_core.training_view import TrainingView
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 PROMPT = "Write the body of this function:\n\ndef is_absolute(path):"

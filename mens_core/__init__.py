@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mens_core.random_model import write_random_model
     from mens_core.training.result import RunResult
     from mens_core.verification import verify_run
+    from mens_core.watching import follow_run, run_status
 
 _HOMES = {
     "BackendInfo": "plugins",
@@ -71,6 +72,7 @@ _HOMES = {
     "describe_adapter": "artifacts.describe",
     "evaluate_model": "evaluation",
     "examine": "doctor",
+    "follow_run": "watching",
     "generate": "generation",
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
@@ -78,6 +80,7 @@ _HOMES = {
     "merge": "merging.merge",
     "mix": "corpus.mix",
     "preview_rows": "preview",
+    "run_status": "watching",
     "verify_run": "verification",
     "write_pairs": "corpus.pairs",
     "write_random_model": "random_model",
@@ -110,6 +113,7 @@ __all__ = [
     "describe_adapter",
     "evaluate_model",
     "examine",
+    "follow_run",
     "generate",
     "hookimpl",
     "installed_backends",
@@ -117,6 +121,7 @@ __all__ = [
     "merge",
     "mix",
     "preview_rows",
+    "run_status",
     "verify_run",
     "write_pairs",
     "write_random_model",

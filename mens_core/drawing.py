@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
-from mens_core.errors import printable
+from mens_core.errors import harmless, printable
 
 if TYPE_CHECKING:
     from mens_core.preview import Preview, ShownRow
@@ -29,7 +29,8 @@ mark { background: #22603a } .refused { color: #ff8a80 } }
 def preview_text(preview: Preview, *, colours: bool) -> str:
     """The preview as lines; trained tokens are green, or stand between ⟦ and ⟧ where there are no colours."""
     legend = f"{_TRAINED}trained on{_PLAIN}" if colours else f"{_OPEN}trained on{_CLOSE}"
-    lines = [f"{preview.file}: as {preview.base} reads it, by {_template(preview)}; {legend}"]
+    head = harmless(f"{preview.file}: as {preview.base} reads it, by {_template(preview)}")
+    lines = [f"{head}; {legend}"]
     for row in preview.shown:
         lines += [
             "",

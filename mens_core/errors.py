@@ -20,6 +20,7 @@ A message says what happened, where, what was expected and what to do now, each 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 __all__ = [
@@ -37,8 +38,12 @@ __all__ = [
     "RunInterrupted",
     "TrainingError",
     "UnknownBackendError",
+    "harmless",
     "printable",
 ]
+
+# Controls of a terminal, halves of surrogate pairs, line and paragraph separators, and marks that turn the direction.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -47,6 +52,14 @@ def printable(text: str, *, keep: str = "") -> str:
     Names come from files that others wrote: a line feed in one could forge a line of the message.
     """
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    """The text with what would steer a terminal written as its escape, and every other character as it is.
+
+    Unlike ``printable`` it leaves blanks and joiners of every script alone: it is for whole texts, which people read.
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class MensError(Exception):

@@ -218,6 +218,6 @@ def names(default: tuple[str, ...], help_text: str, **extra: Any) -> Any:
     def check(value: object) -> str | None:
         if isinstance(value, tuple) and value and all(isinstance(name, str) and name for name in value):
             return None
-        return "must name at least one module"
+        return "must be at least one name"
 
     return _field(default, help_text, parse=parse, check=check, as_text=True, **extra)

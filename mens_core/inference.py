@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mens_core.contract import FineTuneContract
 from mens_core.errors import DataError, ModelError
 from mens_core.exchange import BatchShape, TrainingState
 from mens_core.gates import refuse_failed
+from mens_core.hf.files import find_file, read_json
 from mens_core.plan import ExecutionPlan
 from mens_core.planner import resolve
 from mens_core.text.encode import Encoder, open_encoder
@@ -89,9 +89,10 @@ def _adapter_fields(adapter: LoraAdapter) -> dict[str, Any]:
     folder = adapter.source if adapter.source.is_dir() else adapter.source.parent
     record = folder / MANIFEST
     asked = {}
-    if record.is_file():
+    if find_file(folder, MANIFEST) is not None:
+        manifest = read_json(record, expected="the manifest of a run")
         try:
-            contract = json.loads(record.read_text(encoding="utf-8"))["plan"]["contract"]
+            contract = manifest["plan"]["contract"]
             asked = {name: contract[name] for name in _DECIDED_BY_A_RUN}
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"the run's manifest cannot be read: {error!r}", where=record) from error

@@ -24,7 +24,7 @@ from mens_core.gates import contract_gates, refuse_failed
 from mens_core.machine import this_machine
 from mens_core.parity.subjects import certify_run, refuse_uncertified
 from mens_core.plan import ExecutionPlan, GateVerdict, KernelOffer, Machine
-from mens_core.plugins import load_backend
+from mens_core.plugins import add_observers, check_observers, load_backend
 from mens_core.preflight import (
     coverage_warning,
     existing_targets,
@@ -113,6 +113,7 @@ class Planner:
         if plan.contract.compute.certify:
             certificate = certify_run(plan, plan_in_float32)
             refuse_uncertified(certificate)
+        add_observers(backend, plan)
         return run_plan(plan, backend, observers, certificate, stop)
 
 
@@ -161,6 +162,7 @@ def decide(
     """
     asked = contract_gates(contract)
     refuse_failed(asked)
+    check_observers(contract.output.report_to)
     base = look_at_base(contract, weights=weights or contract.model.scan_weights)
     rows = look_at_rows(contract, base) if trains else None
     preflight = _preflight(contract, base, rows)

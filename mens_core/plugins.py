@@ -1,7 +1,8 @@
 """Find backends by their metadata, load one, explain what goes wrong.
 
 Backends are entry points of the group ``mens_core.backends``; the built-in ones come in by the same door as
-third parties. Listing imports nothing. Observers and further gates are entry points of ``mens_core.plugins``.
+third parties. Listing imports nothing. Further gates, and observers that are always at work, are entry points of
+``mens_core.plugins``; those of ``mens_core.observers`` are at work where ``--report-to`` names them.
 
 A new ``PluginManager`` per run holds the chosen backend and those other plugins, nothing else: with two backends
 registered a first-result hook would answer from the one registered last.
@@ -13,7 +14,8 @@ import difflib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import attrs
 import pluggy
@@ -28,12 +30,25 @@ from mens_core.errors import (
     PluginError,
     UnknownBackendError,
 )
+from mens_core.plan import ExecutionPlan
 
-__all__ = ["BACKENDS", "OFFERS", "PLUGINS", "BackendInfo", "installed_backends", "load_backend", "load_offers"]
+__all__ = [
+    "BACKENDS",
+    "OBSERVERS",
+    "OFFERS",
+    "PLUGINS",
+    "BackendInfo",
+    "add_observers",
+    "check_observers",
+    "installed_backends",
+    "load_backend",
+    "load_offers",
+]
 
 BACKENDS = "mens_core.backends"
 OFFERS = "mens_core.offers"
 PLUGINS = "mens_core.plugins"
+OBSERVERS = "mens_core.observers"
 
 _BUILT_IN = ("torch", "jax")
 
@@ -97,6 +112,45 @@ def load_offers(name: str) -> Backend:
     return _loaded(info, offers or [_entry(BACKENDS, name)])
 
 
+def check_observers(names: Iterable[str]) -> list[importlib.metadata.EntryPoint]:
+    """The entry points of observers, by the metadata alone.
+
+    Args:
+        names: as ``--report-to`` takes them; ``none`` stands for nobody.
+
+    Raises:
+        PluginError: nobody offers a name, or it needs a package that is not installed.
+    """
+    offered = {entry.name: entry for entry in importlib.metadata.entry_points(group=OBSERVERS)}
+    chosen = []
+    for name in dict.fromkeys(names):
+        if name == "none":
+            continue
+        if name not in offered:
+            close = difflib.get_close_matches(name, offered, n=1)
+            raise PluginError(
+                f"there is no observer {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
+                expected=f"--report-to none, or some of {', '.join(sorted(offered))}",
+            )
+        info = _describe(offered[name])
+        if info.missing:
+            raise PluginError(f"observer {name!r} needs {', '.join(info.missing)}", fix=info.install)
+        chosen.append(offered[name])
+    return chosen
+
+
+def add_observers(backend: Backend, plan: ExecutionPlan) -> None:
+    """Register the observers that the plan's contract asks for beside its backend.
+
+    Raises:
+        PluginError: as ``check_observers`` does, or one cannot be imported.
+    """
+    for entry in check_observers(plan.contract.output.report_to):
+        info = _describe(entry)
+        observer = _import(entry, info)(plan)
+        _add(backend.manager, observer, f"{entry.name} for one run", info)
+
+
 def _loaded(info: BackendInfo, entries: Sequence[importlib.metadata.EntryPoint]) -> Backend:
     manager = pluggy.PluginManager("mens_core")
     manager.add_hookspecs(hookspecs)
@@ -146,8 +200,12 @@ def _offers(info: BackendInfo) -> list[importlib.metadata.EntryPoint]:
 
 
 def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoint, info: BackendInfo) -> None:
+    _add(manager, _import(entry, info), entry.value, info)
+
+
+def _import(entry: importlib.metadata.EntryPoint, info: BackendInfo) -> Any:
     try:
-        plugin = entry.load()
+        return entry.load()
     # Whatever a plugin raises while it is imported is its own failure; it is chained, not hidden.
     except Exception as error:
         raise BrokenBackendError(
@@ -156,8 +214,11 @@ def _register(manager: pluggy.PluginManager, entry: importlib.metadata.EntryPoin
             where=entry.value,
             fix=info.install if info.missing else f"pip install --force-reinstall {info.distribution}",
         ) from error
+
+
+def _add(manager: pluggy.PluginManager, plugin: Any, name: str, info: BackendInfo) -> None:
     try:
-        manager.register(plugin, name=entry.value)
+        manager.register(plugin, name=name)
     except pluggy.PluginValidationError as error:
         raise _contract_broken(info, error) from error
     if not manager.get_hookcallers(plugin):

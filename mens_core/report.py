@@ -1,55 +1,54 @@
-"""The only place that prints or draws.
-
-On a terminal a run shows a bar with loss, tokens per second, time left and memory; in a pipe it prints plain
-lines, at most one every few seconds, the first and the last step always.
-"""
+"""The only place that prints: results as text for people, with nothing in them that steers a terminal."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
+from mens_core.errors import harmless
 from mens_core.fields import written_size
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
 __all__ = [
-    "TrainingView",
     "complain",
+    "duration",
     "evaluation_text",
     "lengths_lines",
+    "memory_beside_plan",
     "merge_text",
     "parity_text",
     "run_summary",
     "say",
     "speak",
+    "status_text",
     "table",
+    "trend",
 ]
 
-_SECONDS_BETWEEN_LINES = 5.0
 _CHATS = {"chatml": "ChatML", "template": "the model's own chat template"}
 
 
-def say(text: str) -> None:
-    """Print to standard output."""
-    sys.stdout.write(text + "\n")
+def say(text: str, *, as_it_is: bool = False) -> None:
+    """Print to standard output.
+
+    Args:
+        text: names and rows in it are foreign, so that what steers a terminal is escaped; unless
+        as_it_is: whoever made the text has seen to it, or nobody's terminal is listening.
+    """
+    sys.stdout.write((text if as_it_is else harmless(text)) + "\n")
     sys.stdout.flush()
 
 
 def speak(text: str) -> None:
-    """Print a piece of an answer, at once."""
-    sys.stdout.write(text)
+    """Print a piece of an answer, at once; as it is where no terminal listens."""
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def complain(text: str) -> None:
-    """Print to standard error."""
-    sys.stderr.write(text + "\n")
+    """Print to standard error, with what steers a terminal escaped."""
+    sys.stderr.write(harmless(text) + "\n")
     sys.stderr.flush()
 
 
@@ -185,7 +184,7 @@ def _time(plan: Mapping[str, Any]) -> str:
     seconds, speed, total = (plan["estimate"][name] for name in ("seconds_per_step", "tokens_per_sec", "train_seconds"))
     if seconds is None:
         return "no estimate"
-    return f"{seconds:.3g} s a step, {speed:,.0f} tokens/s, {_duration(total)} in all; {offer['seconds_source']}"
+    return f"{seconds:.3g} s a step, {speed:,.0f} tokens/s, {duration(total)} in all; {offer['seconds_source']}"
 
 
 def _offers_table(offers: Sequence[Mapping[str, Any]]) -> str:
@@ -219,7 +218,8 @@ def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people, in the unit that fits."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -288,94 +288,49 @@ def evaluation_text(found: Mapping[str, Any]) -> str:
     )
 
 
-class TrainingView:
-    """Shows a run while it goes on; ``observe`` takes its telemetry events."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._last_line = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def observe(self, event: Mapping[str, Any]) -> None:
-        """Show one event."""
-        payload = event["payload"]
-        match event["event"]:
-            case "rows_read":
-                self._rows_read(payload)
-            case "train_start":
-                self._start(payload)
-            case "train_resume":
-                self._resume(payload)
-            case "evaluation":
-                self._line(f"held-out loss {payload['eval_loss']:.4f} after {payload['step']} steps")
-            case "step":
-                self._step(payload)
-
-    def _start(self, payload: Mapping[str, Any]) -> None:
-        self._line(
-            f"{payload['execution_kernel']} on {payload['compute_device']} in {payload['dtype']}: "
-            f"{payload['base_model']}, {payload['rows']:,} rows, {payload['tokens']:,} tokens "
-            f"({payload['supervised_tokens'] / payload['tokens']:.0%} supervised), "
-            f"{payload['planned_steps_total']:,} steps"
-        )
-        seconds, peak = payload["estimate"]["train_seconds"], payload["estimate"]["peak_memory_bytes"]
-        if seconds is not None and peak is not None:
-            self._line(f"planned: {written_size(peak)} of memory, {_duration(seconds)} of training")
-        for warning in payload["warnings"]:
-            self._line(f"warning: {warning}")
-        if sys.stdout.isatty():
-            self._progress = _bar()
-            self._task = self._progress.add_task("training", total=payload["planned_steps_total"], figures="")
-            self._progress.start()
-
-    def _resume(self, payload: Mapping[str, Any]) -> None:
-        for damaged in payload["passed_over"]:
-            self._line(f"warning: passed over a damaged checkpoint, {damaged}")
-        self._line(f"going on from step {payload['step']}" if payload["path"] else "beginning anew")
-        for note in payload["notes"]:
-            self._line(f"note: {note}")
-
-    def _rows_read(self, payload: Mapping[str, Any]) -> None:
-        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._line(f"{payload['rows']:,} rows read")
-
-    def _step(self, payload: Mapping[str, Any]) -> None:
-        memory = written_size(payload["peak_memory_bytes"])
-        figures = f"loss {payload['loss']:.4f}  {payload['tokens_per_sec']:,.0f} tokens/s  {memory}"
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=payload["step"], figures=figures)
-            return
-        ends = payload["step"] in {1, payload["total_steps"]}
-        if ends or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._line(f"step {payload['step']}/{payload['total_steps']}  {figures}  lr {payload['lr']:.2e}")
-
-    def _line(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, highlight=False, markup=False)
-        else:
-            say(text)
+def trend(losses: Sequence[float]) -> str:
+    """Where a loss is heading, as an arrow: the mean of the last steps against that of as many before, by 1 %."""
+    few = min(10, len(losses) // 2)
+    if few < 3:
+        return "→"
+    now, before = sum(losses[-few:]) / few, sum(losses[-2 * few : -few]) / few
+    return "↘" if now < 0.99 * before else "↗" if now > 1.01 * before else "→"
 
 
-def _bar() -> Progress:
-    # heavy: a third of a second that only a run on a terminal needs
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+def memory_beside_plan(peak: int, planned: int | None) -> str:
+    """What a run has needed, and of what the plan said it would."""
+    return written_size(peak) + (f" of {written_size(planned)}" if planned is not None else "")
 
-    # Fits 80 columns.
-    return Progress(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=14),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """How a run stands, for people."""
+    last, start = status["last_step"], status["start"]
+    facts = [("run", f"{status['run']}: {status['state']}" + (f", {status['detail']}" if status["detail"] else ""))]
+    if start is not None:
+        place = f"{start['execution_kernel']} on {start['compute_device']} in {start['dtype']}"
+        facts.append(("kernel", f"{place}: {start['base_model']}"))
+    if last is not None:
+        facts += _step_facts(last, status)
+    measured = status["evaluations"]
+    facts += [
+        ("held-out", f"loss {found['eval_loss']:.4f} after {found['step']} steps")
+        for found in measured[:1] + measured[1:][-1:]
+    ]
+    saved = status["checkpoint"]
+    if saved is not None:
+        facts.append(("saved", f"step {saved['step']}, {written_size(saved['bytes'])}, in {saved['path']}"))
+    facts += [("note", note) for note in status["notes"]]
+    facts += [("to do", status["advice"])] if status["advice"] else []
+    return "\n".join(f"{label:<10}{text}" for label, text in facts)
+
+
+def _step_facts(last: Mapping[str, Any], status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    done = f"{last['step']:,} of {last['total_steps']:,}, epoch {last['epoch'] + 1} of {status['start']['epochs']}"
+    left = f", {duration(last['eta_seconds'])} left" if status["state"] == "running" else ""
+    rate = f"{last['tokens_per_sec']:,.0f} tokens/s, {last['step_seconds']:.3g} s a step"
+    return [
+        ("step", f"{done}{left}"),
+        ("loss", f"{last['loss']:.4f} {trend(status['losses'])}"),
+        ("rate", rate),
+        ("memory", memory_beside_plan(last["peak_memory_bytes"], status["start"]["estimate"]["peak_memory_bytes"])),
+    ]

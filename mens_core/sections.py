@@ -364,6 +364,13 @@ class OutputSpec:
     output_dir: Path | None = fields.path(
         "Folder of the run; it must not hold an earlier run.", metavar="DIR", required=True, digest=False
     )
+    report_to: tuple[str, ...] = fields.names(
+        ("none",),
+        "Show the run elsewhere as well: none, or a comma-separated list of tensorboard, wandb, mlflow and installed "
+        "observers. Nothing is sent anywhere unless asked for here.",
+        metavar="NAMES",
+        digest=False,
+    )
     overwrite: bool = fields.switch(False, "Replace an earlier run in the output folder.", digest=False)
     deployment_target: str = fields.choice(
         "workstation",

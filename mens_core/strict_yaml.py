@@ -11,6 +11,8 @@ from mens_core.errors import MensError
 
 __all__ = ["read_mapping"]
 
+_LONGEST = 1_000_000
+
 
 def read_mapping(path: Path, error: type[MensError]) -> dict[str, Any]:
     """Read a file that holds one mapping of words to values.
@@ -26,6 +28,9 @@ def read_mapping(path: Path, error: type[MensError]) -> dict[str, Any]:
     import yaml  # noqa: PLC0415
 
     try:
+        # A pipe or a device could keep its reader waiting.
+        if not path.is_file() or path.stat().st_size > _LONGEST:
+            raise error("the YAML file cannot be read", where=path, expected=f"a file of at most {_LONGEST:,} bytes")
         content = yaml.load(path.read_text(encoding="utf-8"), _loader())  # noqa: S506 (a subclass of SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as problem:
         raise error(f"the YAML file cannot be read: {problem}", where=path) from problem

@@ -176,3 +176,5 @@ def test_the_reference_is_what_the_code_says():
     for name, page in written["PAGES"].items():
         current = (written["DOCS"] / name).read_text(encoding="utf-8")
         assert current == page(), "python scripts/reference_pages.py writes it anew"
+    written = runpy.run_path(str(ROOT / "scripts/telemetry_page.py"))
+    assert written["PAGE"].read_text(encoding="utf-8") == written["page"](), "python scripts/telemetry_page.py does"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.lora import LoraAdapter, LoraPair, Targets
+from mens_core.artifacts.patterns import check_pattern
 from mens_core.artifacts.rundir import MANIFEST
 from mens_core.artifacts.tensors import read_tensors
 from mens_core.errors import ModelError
@@ -40,6 +41,10 @@ _BEYOND: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
 }
+
+_NUMBERS = {"r": int, "lora_alpha": int | float}
+_LARGEST = 1e9
+_NAMES = "names, or one pattern"
 
 
 def read_peft(folder: Path) -> LoraAdapter:
@@ -98,11 +103,18 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
             where=path,
             expected="low-rank updates of linear layers, without bias and without DoRA",
         )
-    for name, kind in {"r": int, "lora_alpha": int | float}.items():
-        value = config.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
-            raise ModelError(f"{name} is {value!r}", where=path, expected="a positive number")
+    for name, kind in _NUMBERS.items():
+        if not _is_positive(config.get(name), kind):
+            raise ModelError(f"{name} is {config.get(name)!r:.100}", where=path, expected="a positive number")
+    for name, kind in {"rank_pattern": int, "alpha_pattern": int | float}.items():
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict) or not all(_is_positive(value, kind) for value in patterns.values()):
+            raise ModelError(f"{name} is {patterns!r:.100}", where=path, expected="patterns with positive numbers")
     return config
+
+
+def _is_positive(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def _no_weights(folder: Path) -> ModelError:
@@ -143,6 +155,7 @@ def _pair(module: str, halves: Mapping[str, NDArray[np.float32]], config: Mappin
 def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a regular expression, is the path or its end."""
     for key, value in (patterns or {}).items():
+        check_pattern(key)
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
@@ -155,14 +168,28 @@ def _targets(config: Mapping[str, Any], folder: Path) -> Targets | None:
         return None
     if isinstance(names, str) or (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
         excluded = config.get("exclude_modules") or ()
+        if not isinstance(excluded, str) and not _are_names(excluded):
+            raise ModelError(f"exclude_modules is {excluded!r:.100}", where=folder / ADAPTER_CONFIG, expected=_NAMES)
+        if not (layers is None or _is_layer(layers) or (isinstance(layers, list) and all(map(_is_layer, layers)))):
+            raise ModelError(
+                f"layers_to_transform is {layers!r:.100}", where=folder / ADAPTER_CONFIG, expected="numbers"
+            )
         return Targets(
-            names=names if isinstance(names, str) else tuple(names),
-            excluded=excluded if isinstance(excluded, str) else tuple(excluded),
+            names=check_pattern(names) if isinstance(names, str) else tuple(names),
+            excluded=check_pattern(excluded) if isinstance(excluded, str) else tuple(excluded),
             layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,
         )
     if names is None:
         return None
-    raise ModelError(f"target_modules is {names!r}", where=folder / ADAPTER_CONFIG, expected="names, or one pattern")
+    raise ModelError(f"target_modules is {names!r}", where=folder / ADAPTER_CONFIG, expected=_NAMES)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _check_named(adapter: LoraAdapter, weights: Path) -> None:

@@ -130,6 +130,7 @@ def sealing(environment: jinja2.Environment) -> jinja2.Environment:
         The environment itself.
     """
     tests, filters, getitem = environment.tests, environment.filters, environment.getitem
+    concat = environment.concat
 
     def write(value: Any) -> Any:
         if not isinstance(value, Sealed):
@@ -142,7 +143,8 @@ def sealing(environment: jinja2.Environment) -> jinja2.Environment:
         # The text of a macro or of a block may still be looked at.
         parts = list(pieces)
         sealed = [part for part in parts if isinstance(part, _Written)]
-        return Sealed("".join(parts), trimmed=sealed[0].trimmed) if sealed else "".join(parts)
+        text = concat(parts)
+        return Sealed(text, trimmed=sealed[0].trimmed) if sealed else text
 
     def item(container: Any, key: Any) -> Any:
         return _looked() if isinstance(key, Sealed) else getitem(container, key)

@@ -1,9 +1,8 @@
 """One Jinja chat template, run as transformers runs it, without transformers.
 
 The sandbox keeps a template, which is foreign code, from everything but its arguments: no files, no imports, no
-attributes that begin with an underscore, no change of what it is given, no range of more than 100 000 numbers. It
-cannot keep it from taking its time: nested loops or repeated doubling of a text can fill minutes or the memory. What
-it writes is bounded only when it has been written.
+attributes that begin with an underscore, no change of what it is given, no range of more than 100 000 numbers. How
+long it may work, and how much it may write, is bounded as ``mens_core.chat.bounds`` says.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["PINNED_DATE", "Template"]
 PINNED_DATE = dt.datetime(2024, 7, 26)  # noqa: DTZ001 (a template wants the wall clock, which has no zone)
 
 # The largest template in use has 20 thousand characters; a whole row seldom has a million.
-_LONGEST_SOURCE, _LONGEST_TEXT = 1_000_000, 50_000_000
+_LONGEST_SOURCE, _LONGEST_TEXT = 200_000, 50_000_000
 _LONGEST_REASON = 200
 
 
@@ -82,14 +81,16 @@ class Template:
 
         Raises:
             Fault: if the template refuses the conversation, or fails.
+            ModelError: if it works, or writes, without end.
         """
         try:
             text = self._written(self._compiled, messages, tools, opened=opened)
+        # It was stopped, and would have to be for every row.
+        except ModelError:
+            raise
         # Whatever a template raises is its way to say that it cannot write this conversation.
         except Exception as error:
             raise Fault(f"a conversation that the chat template refuses: {_reason(error)}", _ACCEPTED) from error
-        if len(text) > _LONGEST_TEXT:
-            raise Fault("a conversation of which the chat template makes an endless text", _ACCEPTED)
         return text
 
     def filled(self, messages: Sequence[Message]) -> str | None:
@@ -103,6 +104,8 @@ class Template:
         """
         try:
             return self._written(self._sealed, messages, (), opened=False)
+        except ModelError:
+            raise
         # A failure proves nothing: such conversations are rendered word by word, and fail there if they have to.
         except (Looked, Exception):  # noqa: BLE001 (whatever it is)
             return None
@@ -120,7 +123,14 @@ class Template:
         opened: bool,
     ) -> str:
         values = {**self._tokens, "messages": messages, "tools": tools or None, "add_generation_prompt": opened}
-        return "".join(compiled.root_render_func(compiled.new_context(values)))
+        compiled.environment.begin()  # type: ignore[attr-defined]
+        parts, length = [], 0
+        for part in compiled.root_render_func(compiled.new_context(values)):
+            parts.append(part)
+            length += len(part)
+            if length > _LONGEST_TEXT:
+                raise ModelError("the chat template makes an endless text", fix="take it from the model's own page")
+        return "".join(parts)
 
 
 _ACCEPTED = "turns in the order, with the roles and the fields, that this model's template can write"
@@ -139,7 +149,10 @@ def _environment() -> jinja2.Environment:
 def _new_environment() -> jinja2.Environment:
     """The environment of transformers 5 (``utils/chat_template_utils.py``), with a clock that stands still."""
     import jinja2.ext  # noqa: PLC0415
-    from jinja2 import nodes, parser, sandbox  # noqa: PLC0415
+    from jinja2 import nodes, parser  # noqa: PLC0415
+
+    # heavy: it is made of Jinja's classes
+    from mens_core.chat.bounds import BoundedSandbox  # noqa: PLC0415
 
     class Generation(jinja2.ext.Extension):
         """``{% generation %}``, by which a template may mark what the assistant writes: its body, as it stands."""
@@ -150,8 +163,8 @@ def _new_environment() -> jinja2.Environment:
             line = next(parser.stream).lineno
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
-    class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        """Jinja's sandbox with two short cuts, which answer what it answers: half of a row's time went there."""
+    class Sandbox(BoundedSandbox):
+        """The sandbox with two short cuts, which answer what it answers: half of a row's time went there."""
 
         def getattr(self, obj: Any, attribute: str) -> Any:
             # Jinja asks a dict for its own attributes first, and a failure costs more than a look.
@@ -168,7 +181,7 @@ def _new_environment() -> jinja2.Environment:
 
     safe: dict[tuple[type, str], bool] = {}
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": PINNED_DATE.strftime,

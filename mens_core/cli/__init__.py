@@ -30,6 +30,8 @@ VERBS = {
     "generate": "answer a prompt with a base and, if given, its adapter",
     "chat": "talk with a base and, if given, its adapter",
     "adapter": "describe adapters, compare them, and write them in other formats",
+    "status": "say how a run stands: how far, how fast, and whether it still lives",
+    "watch": "follow a run from another terminal until it ends",
     "verify": "recheck every hash and claim that a run's manifest holds",
     "corpus": "make, mix and examine the rows to train on",
     "data": "show the rows as training sees them",

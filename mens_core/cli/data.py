@@ -55,7 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
         news=lambda count: report.complain(f"{count:,} rows read"),
     )
     if arguments.html is None:
-        report.say(drawing.preview_text(preview, colours=sys.stdout.isatty() and not arguments.no_colour))
+        text = drawing.preview_text(preview, colours=sys.stdout.isatty() and not arguments.no_colour)
+        # The drawing escapes the rows; the colours are its own.
+        report.say(text, as_it_is=True)
     else:
         write_text(arguments.html, drawing.preview_page(preview))
         report.say(f"written: {arguments.html}")

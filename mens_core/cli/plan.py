@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 2 if a run would be refused."""
     plan = mens_core.Planner().plan(contract_from(arguments), compare=arguments.compare)
     if arguments.json:
-        report.say(json.dumps(plan.as_dict(), indent=2, ensure_ascii=False))
+        report.say(json.dumps(plan.as_dict(), indent=2))
     else:
         report.say(report.plan_text(plan.as_dict()))
         if arguments.explain:

@@ -11,6 +11,7 @@ from mens_core import report
 from mens_core.cli.flags import add_contract_flags, add_layer_flags, contract_from
 from mens_core.cli.signals import EXIT_CODES, Signals
 from mens_core.errors import RunInterrupted
+from mens_core.training_view import TrainingView
 
 __all__ = ["add_arguments", "run"]
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             report.say(
                 f"planning {contract.adapter.method} from {contract.data.data_dir} to {contract.output.output_dir}"
             )
-            with report.TrainingView() as view:
+            with TrainingView() as view:
                 result = mens_core.Planner().run(contract, observers=[view.observe], stop=signals.stop)
     except RunInterrupted as interrupted:
         report.complain(f"stopped by {interrupted.reason} after step {interrupted.step}; go on with:")

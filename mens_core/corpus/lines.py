@@ -13,12 +13,14 @@ from typing import IO, Protocol
 
 from mens_core.errors import DataError
 
-__all__ = ["read_lines"]
+__all__ = ["LONGEST_LINE", "read_lines"]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # A packed piece grows by at most a factor of 1,000 in gzip; in Zstandard, 4 bytes can stand for 128 KiB.
 _PIECE = 1 << 12
+# The longest row there is reason to read has a tenth of this: four million tokens.
+LONGEST_LINE = 1 << 24
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -28,8 +30,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
         path: plain, gzip (RFC 1952) or Zstandard (RFC 8878); more than one packed stream may follow each other.
 
     Raises:
-        DataError: if there is no such file, or a packed stream is cut short or damaged; the message says how many
-            whole lines came before.
+        DataError: if there is no such file, a packed stream is cut short or damaged, or a line is longer than any
+            row; the message says how many whole lines came before.
     """
     if not path.is_file():
         raise DataError(
@@ -46,12 +48,15 @@ def read_lines(path: Path) -> Iterator[bytes]:
                 count += 1
         except _DamagedError as damage:
             raise DataError(
-                f"the packed file {damage}", where=f"{path}, after line {count}", fix="copy or pack the file again"
+                str(damage), where=f"{path}, after line {count}", fix="copy or pack the file again"
             ) from damage
 
 
 class _DamagedError(Exception):
-    """A packed stream that does not come to its end."""
+    """A packed stream that does not come to its end, or a line that does not."""
+
+
+_TOO_LONG = f"the file of rows has a line of more than {LONGEST_LINE:,} bytes"
 
 
 class _Stream(Protocol):
@@ -76,7 +81,9 @@ def _lines(file: IO[bytes]) -> Iterator[bytes]:
         unpacker = zstandard.ZstdDecompressor()
         yield from _split(_unpacked(file, unpacker.decompressobj, zstandard.ZstdError))
     else:
-        for line in file:
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise _DamagedError(_TOO_LONG)
             yield line.removesuffix(b"\n")
 
 
@@ -88,21 +95,25 @@ def _unpacked(file: IO[bytes], begin: Callable[[], _Stream], error: type[Excepti
             try:
                 yield stream.decompress(packed)
             except error as problem:
-                raise _DamagedError(f"is damaged: {problem}") from problem
+                raise _DamagedError(f"the packed file is damaged: {problem}") from problem
             packed = stream.unused_data if stream.eof else b""
             begun = not stream.eof
             if stream.eof:
                 stream = begin()
     if begun:
-        raise _DamagedError("ends in the middle of its packed stream")
+        raise _DamagedError("the packed file ends in the middle of its packed stream")
 
 
 def _split(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Pieces of text → lines; the last may lack its line feed."""
     begun: list[bytes] = []
+    length = 0
     for piece in pieces:
         end, feed, rest = piece.partition(b"\n")
         begun.append(end)
+        length = 0 if feed else length + len(end)
+        if length > LONGEST_LINE:
+            raise _DamagedError(_TOO_LONG)
         if feed:
             yield b"".join(begun)
             *whole, last = rest.split(b"\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 
+from mens_core.corpus.lines import LONGEST_LINE
 from mens_core.corpus.pair import Ledger
 from mens_core.errors import DataError
 
@@ -105,7 +106,11 @@ def read_lines(file: SourceFile, skipped: Ledger) -> Iterator[bytes]:
     number = 0
     try:
         with gzip.open(file.path) if file.ends_with((".gz",)) else file.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):  # noqa: B007 (the number tells how far it was read)
+            while line := lines.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    skipped.add("cannot be read on", f"{file.name}, line {number}: more than {LONGEST_LINE:,} bytes")
+                    return
                 yield line
     except (OSError, EOFError, zlib.error) as error:
         skipped.add(

@@ -2,8 +2,9 @@
 
     {"ts_ms": 1764000000000, "event": "step", "payload": {...}}
 
-Events: ``train_start``, ``train_resume``, ``evaluation``, ``step``, ``checkpoint_saved``, ``train_interrupted``,
-``train_complete``. Local only; nothing leaves the machine.
+Events and their fields are in ``telemetry_schema.json`` beside this module. A run that ends says how:
+``train_complete``, ``train_interrupted`` or ``train_stopped`` is its last line; one that was killed has none of them.
+Local only; nothing leaves the machine.
 
 The lines are in the order of the events, whatever the clock says. A run that goes on takes back what was told of the
 steps after its checkpoint, since they are taken again: every step is in the file once.
@@ -19,10 +20,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from mens_core.atomic import replacing
+from mens_core.errors import TrainingError
 
-__all__ = ["TELEMETRY_SCHEMA", "Observer", "Telemetry", "rewind", "told_losses"]
+__all__ = ["ENDINGS", "TELEMETRY_SCHEMA", "Observer", "Telemetry", "rewind", "told_losses"]
 
 TELEMETRY_SCHEMA = 1
+
+#: Events that are a run's last one.
+ENDINGS = ("train_complete", "train_interrupted", "train_stopped")
 
 # What a run that goes on tells again.
 _OF_A_STEP = {"step", "evaluation", "checkpoint_saved"}
@@ -33,14 +38,25 @@ Observer = Callable[[Mapping[str, Any]], None]
 class Telemetry:
     """Writes events and passes each on to the observers, in that order.
 
+    Leaving the block with an error writes ``train_stopped``, unless the run has said already how it ended, or the
+    file is what failed.
+
     Args:
-        path: of telemetry.jsonl.
+        path: of telemetry.jsonl; events are appended.
         observers: called with every event; an exception of theirs ends the run.
+
+    Raises:
+        TrainingError: if the file cannot be opened.
     """
 
     def __init__(self, path: Path, observers: Sequence[Observer]) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._observers = observers
+        self._path, self._observers = path, observers
+        self._last, self._step, self._broken = "", 0, False
+        try:
+            # Without a buffer: what was written is with the system, and closing has nothing left to fail at.
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -48,20 +64,44 @@ class Telemetry:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            if error is not None and not self._broken and self._last not in ENDINGS:
+                self.emit("train_stopped", {"step": self._step, "error": f"{type(error).__name__}: {error}"})
+        finally:
+            self._file.close()
 
     def emit(self, event: str, payload: Mapping[str, Any]) -> None:
         """Write one event.
 
         Raises:
-            ValueError: if the payload holds NaN or infinity, which are no JSON.
-            OSError: if the disk refuses it.
+            TrainingError: if the file system refuses it, or the payload holds NaN or infinity, which are no JSON.
         """
         record = {"ts_ms": time.time_ns() // 1_000_000, "event": event, "payload": dict(payload)}
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        except (OSError, ValueError) as error:
+            self._broken = True
+            raise self._refused(error) from error
+        self._last, self._step = event, payload.get("step", self._step)
         for observe in self._observers:
-            observe(record)
+            try:
+                observe(record)
+            except BaseException:
+                # It has ended the run, and is not told so.
+                self._observers = [other for other in self._observers if other is not observe]
+                raise
+
+    def _write(self, line: bytes) -> None:
+        while line:
+            line = line[self._file.write(line) :]
+
+    def _refused(self, error: OSError | ValueError) -> TrainingError:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return TrainingError(
+            f"telemetry cannot be written, and a run whose record has holes is stopped: {reason}",
+            where=self._path,
+            fix="make room, or choose another --output-dir" if isinstance(error, OSError) else None,
+        )
 
 
 def rewind(path: Path, step: int) -> int:

@@ -1,0 +1,38 @@
+"""Regular expressions that come with an adapter, as PEFT writes them: matched only where that ends soon.
+
+Python's matcher tries every way to divide a text among repeats. One repeat within another takes twice as long for
+every letter, and so can a reference to what was found; both are refused, as are more repeats than any name needs.
+"""
+
+from __future__ import annotations
+
+import re
+
+from mens_core.errors import ModelError
+
+__all__ = ["check_pattern"]
+
+_LONGEST, _MOST_REPEATS = 1000, 4
+_ESCAPED_OR_SET = re.compile(r"\\[^0-9]|\[\^?\]?[^\]]*\]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]|\\[0-9]|\(\?P=")
+
+
+def check_pattern(pattern: str) -> str:
+    """Return a pattern that can be matched with module paths.
+
+    Raises:
+        ModelError: if it is no regular expression, or may take for ever.
+    """
+    bare = _ESCAPED_OR_SET.sub("x", pattern)
+    repeats = sum(bare.count(mark) for mark in "*+{")
+    if len(pattern) > _LONGEST or repeats > _MOST_REPEATS or _REPEATED_GROUP.search(bare):
+        raise ModelError(
+            "a pattern of the adapter may take for ever",
+            where=pattern[:100],
+            expected=f"at most {_MOST_REPEATS} repeats, none of a group, no references",
+        )
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ModelError(f"a pattern of the adapter is no regular expression: {error}", where=pattern[:100]) from error
+    return pattern
