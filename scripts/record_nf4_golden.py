@@ -34,7 +34,9 @@ def main() -> None:
     """Record, or say why not."""
     changed = _git("status", "--porcelain")
     if changed:
-        sys.exit(f"error: the tree has changes, so nothing is recorded\n{changed}\n  to mend it: git commit, or git stash")
+        sys.exit(
+            f"error: the tree has changes, so nothing is recorded\n{changed}\n  to mend it: git commit, or git stash"
+        )
     hashes = {name: nf4_hashes(load_backend(name)) for name in ("torch", "jax")}
     if hashes["torch"] != hashes["jax"]:
         sys.exit("error: torch and JAX store NF4 differently, so nothing is recorded")

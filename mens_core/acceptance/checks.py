@@ -34,8 +34,10 @@ MERGED_LOGITS = 1e-3
 
 _LABELS = {"lora": "burn_lora", "qlora": "candle_qlora"}
 # Fields of a complete manifest that may not be missing or empty.
-_MANIFEST = ("run_id", "created_at", "finished_at", "backend", "backend_plugin", "base_model", "train_file", "eval_file")
-_MANIFEST += ("plan", "versions", "counters", "sha256", "results", "estimate", "finetune_contract_digest")
+_NAMED = (
+    *("run_id", "created_at", "finished_at", "backend", "backend_plugin", "base_model", "train_file", "eval_file"),
+    *("plan", "versions", "counters", "sha256", "results", "estimate", "finetune_contract_digest"),
+)
 
 
 def check_run(folder: Path, method: str) -> Found:
@@ -57,7 +59,7 @@ def check_run(folder: Path, method: str) -> Found:
     fall = results["eval_loss_before"] - results["eval_loss_after"]
     norms = [update_norm(pair) for pair in open_adapter(folder).pairs.values()]
     kernel = manifest["execution_kernel"]
-    empty = [name for name in _MANIFEST if not manifest.get(name)]
+    empty = [name for name in _NAMED if not manifest.get(name)]
     claims: list[Claim] = [
         ("the run is complete", manifest["status"] == "complete", manifest["status"]),
         ("its kernel is of the method", kernel == f"{manifest['backend']}_{method}", kernel),
@@ -118,7 +120,11 @@ def _telemetry(folder: Path, manifest: Mapping[str, Any], method: str) -> Iterat
     times = [event["ts_ms"] for event in events]
     yield "time does not go back", all(a <= b for a, b in itertools.pairwise(times)), f"{len(times)} lines"
     start = next(event["payload"] for event in events if event["event"] == "train_start")
-    yield "telemetry_schema is there", isinstance(start.get("telemetry_schema"), int), str(start.get("telemetry_schema"))
+    yield (
+        "telemetry_schema is there",
+        isinstance(start.get("telemetry_schema"), int),
+        str(start.get("telemetry_schema")),
+    )
     mode = start.get("candle_compat_mode")
     yield "candle_compat_mode is that of the method", mode is (method == "qlora"), str(mode)
     kernel = start.get("execution_kernel")
@@ -127,7 +133,11 @@ def _telemetry(folder: Path, manifest: Mapping[str, Any], method: str) -> Iterat
     total = manifest["results"]["optimizer_steps"]
     yield "the first and the last step are there", bool(steps) and (steps[0], steps[-1]) == (1, total), str(steps)
     end = events[-1]
-    yield "the last event is a good end", end["event"] == "train_complete" and end["payload"]["ok"] is True, end["event"]
+    yield (
+        "the last event is a good end",
+        end["event"] == "train_complete" and end["payload"]["ok"] is True,
+        end["event"],
+    )
 
 
 def _older_description(folder: Path, layers: int) -> Iterator[Claim]:

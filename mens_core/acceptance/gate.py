@@ -85,7 +85,9 @@ def _steps_of(source: Path, profile: str) -> Any:
     if profile not in known:
         close = difflib.get_close_matches(profile, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ContractError(f"there is no profile {profile!r}{hint}", where=source, expected=f"one of {', '.join(known)}")
+        raise ContractError(
+            f"there is no profile {profile!r}{hint}", where=source, expected=f"one of {', '.join(known)}"
+        )
     return known[profile]
 
 

@@ -72,7 +72,9 @@ def read_profiles(path: Path = PROFILES) -> dict[str, tuple[Step, ...]]:
         problems += [line for name, step in steps.items() for line in _step_problems(name, step)]
         problems += [line for name, listed in profiles.items() for line in _profile_problems(name, listed, steps)]
     if problems:
-        raise ContractError("\n".join(["the gate's steps cannot be used", *(f"  {line}" for line in problems)]), where=path)
+        raise ContractError(
+            "\n".join(["the gate's steps cannot be used", *(f"  {line}" for line in problems)]), where=path
+        )
     made = {name: _step(name, step, path.parent) for name, step in steps.items()}
     return {name: tuple(made[step] for step in listed) for name, listed in profiles.items()}
 
@@ -119,10 +121,15 @@ _STEP: dict[str, tuple[Callable[[object], bool], str]] = {
     "commands": (_is_commands, "a list of commands, each a list of words in quotation marks"),
     "check": (lambda value: value in CHECKS, f"one of {', '.join(CHECKS)}"),
 }
-_TESTS: dict[str, tuple[Callable[[object], bool], str]] = {"file": (_is_text, "a path"), "keyword": (_is_text, "a word")}
+_TESTS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "file": (_is_text, "a path"),
+    "keyword": (_is_text, "a word"),
+}
 
 
-def _values(content: Mapping[str, Any], rules: Mapping[str, tuple[Callable[[object], bool], str]], where: str) -> list[str]:
+def _values(
+    content: Mapping[str, Any], rules: Mapping[str, tuple[Callable[[object], bool], str]], where: str
+) -> list[str]:
     wrong = [(key, value, rules[key]) for key, value in content.items() if key in rules and not rules[key][0](value)]
     return [f"{where}{key} must be {expected} (got {value!r})" for key, value, (_, expected) in wrong]
 

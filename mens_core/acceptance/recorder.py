@@ -12,7 +12,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RECORD", "pytest_collection_finish", "pytest_collectreport", "pytest_runtest_logreport", "pytest_sessionfinish"]
+__all__ = [
+    "RECORD",
+    "pytest_collection_finish",
+    "pytest_collectreport",
+    "pytest_runtest_logreport",
+    "pytest_sessionfinish",
+]
 
 #: The environment variable that names the file.
 RECORD = "MENS_GATE_RECORD"
@@ -37,9 +43,12 @@ def pytest_collectreport(report: Any) -> None:
 
 def pytest_runtest_logreport(report: Any) -> None:
     """Keep the worst of a test's phases; one that is expected to fail, and does, counts as skipped."""
-    if report.outcome == "failed" or _outcomes.get(report.nodeid) != "failed":
-        if report.outcome != "passed" or report.when == "call":
-            _outcomes[report.nodeid] = report.outcome
+    if hasattr(report, "wasxfail"):
+        # One that passes although it was expected to fail shows as little as one that failed as expected.
+        report.outcome = "skipped"
+    tells = report.outcome != "passed" or report.when == "call"
+    if tells and (report.outcome == "failed" or _outcomes.get(report.nodeid) != "failed"):
+        _outcomes[report.nodeid] = report.outcome
     if report.outcome != "passed":
         _reasons.append(f"{report.nodeid}: {report.outcome}")
     if report.when == "call" and report.user_properties:

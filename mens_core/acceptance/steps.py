@@ -93,7 +93,9 @@ def _run_tests(step: Step, folder: Path) -> StepResult:
     words += ["-k", step.keyword] if step.keyword else []
     code, output = _child(["pytest", *words], folder, {RECORD: str(record)})
     if not record.is_file():
-        return _result(step, verdict="failed", reason=f"pytest ended with code {code} and left no record", output=output)
+        return _result(
+            step, verdict="failed", reason=f"pytest ended with code {code} and left no record", output=output
+        )
     found = json.loads(record.read_text(encoding="utf-8"))
     reason = _why_not(found, code)
     return _result(
@@ -150,11 +152,12 @@ def _child(module_and_words: Sequence[str], folder: Path, environment: Mapping[s
     # What was measured or cached here before is this user's and says nothing about the package; nothing is downloaded;
     # matrices this small gain nothing from a second thread.
     settings = {"XDG_CACHE_HOME": str(folder.parent / "cache"), "HF_HUB_OFFLINE": "1"}
+    settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     done = subprocess.run(  # noqa: S603 (this interpreter, on this package's own modules)
         [sys.executable, "-m", *module_and_words],
         cwd=folder,
-        env=os.environ | settings | threads | environment,
+        env=os.environ | settings | threads | dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -173,6 +176,8 @@ def _written(step: Step) -> tuple[str, ...]:
     """The commands as one would type them."""
     if step.file is None:
         return tuple(shlex.join(["python", "-m", "mens_core", *command]) for command in step.commands)
-    where = f"{step.file.parent.relative_to(PACKAGE.parent)}".replace(os.sep, ".") if PACKAGE in step.file.parents else ""
+    where = (
+        f"{step.file.parent.relative_to(PACKAGE.parent)}".replace(os.sep, ".") if PACKAGE in step.file.parents else ""
+    )
     target = ["--pyargs", where] if where else [str(step.file)]
     return (shlex.join(["python", "-m", "pytest", *target, *(["-k", step.keyword] if step.keyword else [])]),)

@@ -21,6 +21,7 @@ from mens_core.cli import main
 from mens_core.errors import MensError, ModelError
 from mens_core.testing.acceptance.materials import merge_fixture
 
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Family → model folder."""

@@ -1,4 +1,4 @@
-"""What sign-off S2 pins: the bytes of NF4, and the losses of a short QLoRA run; recorded by a script, compared by a test.
+"""What sign-off S2 pins: the bytes of NF4, and the losses of a short QLoRA run.
 
 ``python scripts/record_nf4_golden.py`` records them anew, with machine and versions, from a clean tree alone.
 """

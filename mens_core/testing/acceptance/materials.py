@@ -1,4 +1,4 @@
-"""The data of the rows: the runbook's ramps and fixtures, tiny models that can be trained, a corpus, made where needed."""
+"""The data of the rows: the runbook's ramps and fixtures, tiny models that can be trained, a corpus."""
 
 from __future__ import annotations
 

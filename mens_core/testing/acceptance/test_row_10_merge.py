@@ -1,4 +1,4 @@
-"""Row 10 and sign-off S3: both versions of the older adapters merge to the same numbers, all else is refused by name."""
+"""Row 10 and sign-off S3: both versions of the older adapters merge to the same numbers, others are refused by name."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def test_tool_trace_rows_of_the_packages_mix_reach_training(tmp_path: Path, reco
     fields: dict[str, Any] = {"backend": "torch", "rank": 2, "max_steps": 1, "warmup_steps": 0}
     fields |= {"batch_size": 1, "grad_accum": 1}
 
-    def trained_on(**chosen: str) -> int:
+    def trained_on(**chosen: Any) -> int:
         name = "-".join(["run", *chosen.values()])
         result = Planner().run(data_dir=tmp_path / "data", output_dir=tmp_path / name, **fields, **chosen)
         manifest = json.loads((result.output_dir / "training_manifest.json").read_text(encoding="utf-8"))

@@ -81,7 +81,9 @@ def test_execution_planner_counts_the_proxy_inventory(fields: dict[str, Any], tm
     assert Planner().plan(**fields, backend="lora").as_dict()["candle_proxy_stack_eligible"] is False
 
 
-def test_execution_planner_digest_is_of_the_contents_and_of_nothing_else(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_execution_planner_digest_is_of_the_contents_and_of_nothing_else(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
     digest = Planner().plan(**fields).contract_digest
     moved = fields | {"model": str(Path(fields["model"]).rename(tmp_path / "moved")), "output_dir": tmp_path / "else"}
     assert Planner().plan(**moved).contract_digest == digest

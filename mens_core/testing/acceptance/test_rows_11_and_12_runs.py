@@ -16,8 +16,8 @@ import pytest
 import mens_core
 from mens_core.acceptance.checks import Claim, check_merge, check_run
 from mens_core.cli import main
-from mens_core.hf.layout import GRAPHS
 from mens_core.corpus.rows import read_rows
+from mens_core.hf.layout import GRAPHS
 
 SETTINGS = {"--max-steps": "12", "--batch-size": "4", "--grad-accum": "1", "--lr": "5e-3", "--seq-len": "320"}
 
@@ -69,7 +69,12 @@ def test_a_run_that_changes_nothing_does_not_pass(
     corpus: Path, trainable: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The twin: its numbers as a run without effect leaves them, a base that was touched, a line of another shape."""
-    fields = {"model": str(trainable("llama")), "data_dir": corpus, "output_dir": tmp_path / "run", "seq_len": 320}
+    fields: dict[str, Any] = {
+        "model": str(trainable("llama")),
+        "data_dir": corpus,
+        "output_dir": tmp_path / "run",
+        "seq_len": 320,
+    }
     mens_core.Planner().run(**fields, backend="torch_lora", max_steps=1, batch_size=4, grad_accum=1)
     manifest = tmp_path / "run" / "training_manifest.json"
     content = json.loads(manifest.read_text(encoding="utf-8"))

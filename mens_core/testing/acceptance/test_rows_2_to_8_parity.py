@@ -56,9 +56,7 @@ def _agree(found: Mapping[str, Any], expected: Any, tolerance: float, record: Re
 
 
 @pytest.mark.parametrize("family", GRAPHS)
-def test_full_graph_smoke(
-    backends: dict[str, Backend], tmp_path: Path, family: str, record_property: Record
-) -> None:
+def test_full_graph_smoke(backends: dict[str, Backend], tmp_path: Path, family: str, record_property: Record) -> None:
     write_random_weights(tmp_path, arch=family, size=SMOKE, vocab_size=24, like_trained=True)
     # All five tokens of the runbook's test in one row.
     ids = np.array([1, 2, 3, 4, 5], np.int32)

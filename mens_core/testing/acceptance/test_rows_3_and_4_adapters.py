@@ -32,9 +32,7 @@ def _row(*ids: int) -> Batch:
 
 
 def _zeros(tensors: dict[str, NDArray[Any]]) -> TrainingState:
-    return TrainingState(
-        adapter={name: np.zeros_like(array) for name, array in tensors.items()}, optimizer={}, step=0
-    )
+    return TrainingState(adapter={name: np.zeros_like(array) for name, array in tensors.items()}, optimizer={}, step=0)
 
 
 def _distance(left: NDArray[Any], right: NDArray[Any]) -> float:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from mens_core import Planner
-from mens_core.cli import main
 from mens_core.artifacts.adapter import initial_state
+from mens_core.cli import main
+from mens_core.contract import FineTuneContract
 from mens_core.exchange import IGNORE, Batch
 from mens_core.planner import resolve
 from mens_core.testing import tiny
 from mens_core.testing.conformance.tolerances import LOGITS
-from mens_core.contract import FineTuneContract
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -46,7 +46,9 @@ def test_gpt2_with_a_hugging_face_tokenizer_is_planned_loaded_and_equal(
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    ids = transformers.AutoTokenizer.from_pretrained(base)("def mean(data):\n    return sum(data) / len(data)")["input_ids"]
+    ids = transformers.AutoTokenizer.from_pretrained(base)("def mean(data):\n    return sum(data) / len(data)")[
+        "input_ids"
+    ]
     with torch.no_grad():
         expected = model.eval()(torch.tensor([ids])).logits[0].numpy()
 
@@ -69,6 +71,12 @@ def test_gpt2_with_a_hugging_face_tokenizer_is_planned_loaded_and_equal(
     assert np.abs(found[1:] - expected[:-1]).max() > 1000 * LOGITS
 
     result = Planner().run(
-        model=str(base), data_dir=corpus, output_dir=tmp_path / "run", backend=f"{backend}_lora", max_steps=2, batch_size=2, seq_len=320
+        model=str(base),
+        data_dir=corpus,
+        output_dir=tmp_path / "run",
+        backend=f"{backend}_lora",
+        max_steps=2,
+        batch_size=2,
+        seq_len=320,
     )
     assert result.manifest["status"] == "complete"

@@ -12,7 +12,9 @@ import pytest
 from mens_core import Conversation, Planner
 from mens_core.testing.acceptance.materials import write_rows, write_trainable
 
-_WORDS = "amber birch cedar delta ember fjord grove heron indigo jasper kelp lotus maple nectar olive pearl quartz raven"
+_WORDS = (
+    "amber birch cedar delta ember fjord grove heron indigo jasper kelp lotus maple nectar olive pearl quartz raven"
+)
 # Held-out rows ask in words that are never trained on.
 _TAUGHT = tuple(f"{ask} the code of {{}}." for ask in ("Give", "Say", "Write", "Print", "Find", "Name"))
 _OTHER = "Tell the code of {}."
@@ -70,7 +72,7 @@ _STEPS = {"qwen3": 100, "lab": 80}
 def test_a_skill_is_learnt(
     lesson: Path, bases: Callable[[str], str | None], tmp_path: Path, record_property: Any, kernel: str, base: str
 ) -> None:
-    named = {} if bases(base) is None else {"model": bases(base)}
+    named: dict[str, Any] = {} if bases(base) is None else {"model": bases(base)}
     backend = kernel.partition("_")[0]
     before = _share(_TAUGHT[0], backend=backend, **named)
     result = Planner().run(
