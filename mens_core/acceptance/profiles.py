@@ -6,8 +6,8 @@
     profiles:
       quick: [matmul]
 
-A step is tests or commands. Files of tests are relative to the file's folder. In the words of a command ``{package}``
-is the folder of the installed package; each step of commands has a fresh working folder of its own.
+A step is tests or commands. Files of tests are relative to the file's folder; each step of commands has a fresh
+working folder of its own.
 """
 
 from __future__ import annotations

@@ -125,8 +125,7 @@ def _why_not(found: Mapping[str, Any], code: int) -> str:
 def _run_commands(step: Step, folder: Path) -> StepResult:
     outputs = []
     for command in step.commands:
-        words = [word.replace("{package}", str(PACKAGE)) for word in command]
-        code, output = _child(["mens_core", *words], folder, {})
+        code, output = _child(["mens_core", *command], folder, {})
         outputs.append(output)
         if code:
             reason = f"'{command[0]}' ended with code {code}"

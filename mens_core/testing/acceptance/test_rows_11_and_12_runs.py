@@ -27,7 +27,7 @@ def _hold(claims: list[Claim]) -> None:
     assert not [(what, detail) for what, holds, detail in claims if not holds]
 
 
-def test_the_corpus_of_the_runs_holds_pairs_and_tool_traces(corpus: Path) -> None:
+def test_the_corpus_of_the_runs_holds_pairs_and_traces(corpus: Path) -> None:
     categories = [row.metadata["category"] for row in read_rows(corpus / "train.jsonl")]
     assert 0 < categories.count("tool_trace") < len(categories)
     assert (corpus / "eval.jsonl").stat().st_size > 0
