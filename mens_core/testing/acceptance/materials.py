@@ -112,7 +112,7 @@ def write_corpus(folder: Path) -> Path:
     mix.write_text(
         "sources:\n  - {path: pairs/train.jsonl, weight: 3}\n"
         f"  - {{path: {traces}, weight: 1, record_format: tool_trace}}\n"
-        "output: data/train.jsonl\neval_fraction: 0.15\n",
+        "output: data/train.jsonl\neval_fraction: 0.05\n",
         encoding="utf-8",
     )
     mens_core.mix(mix)

@@ -58,8 +58,6 @@ def test_a_run_trains_merges_and_answers(
     _hold(claims)
     for name, value in (measured | of_merge).items():
         record_property(name, value)
-    evaluated = mens_core.evaluate_model(corpus / "eval.jsonl", model=str(merged), backend=backend, seq_len=320)
-    assert evaluated["loss"] == pytest.approx(measured["eval_loss_after"], abs=1e-4)
     capsys.readouterr()
     assert main(["generate", "--adapter", str(run), "--prompt", "def f(x):", "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out.strip()
@@ -82,7 +80,7 @@ def test_a_run_that_changes_nothing_does_not_pass(
     content["sha256"]["base_shards"] = dict.fromkeys(content["sha256"]["base_shards"], "0" * 64)
     manifest.write_text(json.dumps(content), encoding="utf-8")
     with (tmp_path / "run" / "telemetry.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"ts_ms": 1, "event": "step"}\n')
+        file.write('{"ts_ms": 1, "event": "step"}\n{"ts_ms": 2, "event": "step", "payload": {"step": 9}}\n')
     broken = {what for what, holds, _ in check_run(tmp_path / "run", "lora")[0] if not holds}
     assert broken >= {
         "the held-out loss fell by 0.05",
