@@ -120,7 +120,7 @@ def _telemetry(folder: Path, manifest: Mapping[str, Any], method: str) -> Iterat
     events = [event for event, good in zip(events, shaped, strict=True) if good]
     times = [event["ts_ms"] for event in events]
     yield "time does not go back", all(a <= b for a, b in itertools.pairwise(times)), f"{len(times)} lines"
-    start = next((event["payload"] for event in events if event["event"] == "train_start"), {})
+    start: dict[str, Any] = next((event["payload"] for event in events if event["event"] == "train_start"), {})
     yield (
         "telemetry_schema is there",
         isinstance(start.get("telemetry_schema"), int),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -131,7 +132,9 @@ def _run_commands(step: Step, folder: Path) -> StepResult:
             reason = f"'{command[0]}' ended with code {code}"
             return _result(step, verdict="failed", reason=reason, collected=1, failed=1, output=output)
     try:
-        claims, measured = CHECKS[str(step.check)](folder, outputs)
+        # A manifest has the paths as they were typed.
+        with contextlib.chdir(folder):
+            claims, measured = CHECKS[str(step.check)](folder, outputs)
     except (MensError, OSError, KeyError, TypeError, ValueError) as error:
         return _result(step, verdict="failed", reason=f"what was to be checked cannot be read: {error!r}", failed=1)
     broken = [f"{what} ({detail})" for what, holds, detail in claims if not holds]
