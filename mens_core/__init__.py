@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mens_core.acceptance.gate import run_gate
     from mens_core.artifacts.compare import compare_adapters
     from mens_core.artifacts.convert import convert_adapter
     from mens_core.artifacts.describe import describe_adapter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mens_core.corpus.pairs import write_pairs
     from mens_core.doctor import examine
     from mens_core.errors import MensError
+    from mens_core.eval_gate.judge import judge_run
     from mens_core.evaluation import evaluate_model
     from mens_core.exchange import (
         Batch,
@@ -76,10 +78,12 @@ _HOMES = {
     "generate": "generation",
     "hookimpl": "hookspecs",
     "installed_backends": "plugins",
+    "judge_run": "eval_gate.judge",
     "measure_speeds": "measuring",
     "merge": "merging.merge",
     "mix": "corpus.mix",
     "preview_rows": "preview",
+    "run_gate": "acceptance.gate",
     "run_status": "watching",
     "verify_run": "verification",
     "write_pairs": "corpus.pairs",
@@ -117,10 +121,12 @@ __all__ = [
     "generate",
     "hookimpl",
     "installed_backends",
+    "judge_run",
     "measure_speeds",
     "merge",
     "mix",
     "preview_rows",
+    "run_gate",
     "run_status",
     "verify_run",
     "write_pairs",

@@ -95,6 +95,10 @@ class Conversation:
         self._turns = (*asked, Turn(role="assistant", content=text))
         return text
 
+    def forget(self) -> None:
+        """Begin anew with the same model, which stays open."""
+        self._turns = ()
+
     def _ids(self, turns: tuple[Turn, ...]) -> list[int]:
         encoder, positions = self._opened.encoder, self._opened.plan.layout.max_positions
         try:

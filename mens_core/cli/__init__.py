@@ -38,12 +38,16 @@ VERBS = {
     "presets": "list the named settings",
     "backends": "list the compute backends, installed and missing",
     "parity": "certify the backends against each other and against the specification",
+    "gate": "run the acceptance runbook: every row, judged, with a receipt",
+    "mens-gate": "the same as gate, by its older name",
+    "ci": "the same as gate, as the runbook calls it: ci mens-gate",
+    "eval-gate": "judge a run by a policy: supervision, truncation, speed, held-out loss, exact answers",
     "doctor": "examine this machine and installation, and say which kernels can run",
     "init-model": "write a small, randomly initialised model folder",
 }
 
 # Verbs that share a module.
-_MODULES = {"merge-qlora": "merge_adapter", "merge-weights": "merge_adapter"}
+_MODULES = {"merge-qlora": "merge_adapter", "merge-weights": "merge_adapter", "mens-gate": "gate"}
 
 
 class _Parser(argparse.ArgumentParser):

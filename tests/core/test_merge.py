@@ -19,11 +19,7 @@ from mens_core.artifacts.lora import combined
 from mens_core.artifacts.tensors import open_tensors, read_tensors, write_tensors
 from mens_core.cli import main
 from mens_core.errors import MensError, ModelError
-
-FORMATS = {
-    2: ("vox_mens_qlora_lora_only_v2", "vox_populi_qlora_lora_only_v2"),
-    3: ("vox_mens_adapter", "vox_populi_adapter"),
-}
+from mens_core.testing.acceptance.materials import merge_fixture
 
 
 @pytest.fixture(scope="module")
@@ -84,23 +80,12 @@ def test_merge_gives_the_bits_of_peft_in_half_formats(bases, tmp_path, family, d
 
 @pytest.fixture
 def subset(tmp_path):
-    """The runbook's fixture: width 3, vocabulary 4, rank 2, alpha 4, A and B all ones, W = 0.1 i."""
-    weight = (0.1 * np.arange(12, dtype=np.float32)).reshape(4, 3)
-    write_tensors(tmp_path / "base.safetensors", {"wte.weight": weight, "other.weight": weight}, {})
+    """The runbook's fixture of row 10, whose own tests lie in the package."""
 
     def adapter(number, name, spelling, **changes):
-        pair = {
-            f"lm_head.lora_{half}{spelling}": np.ones(shape, np.float32)
-            for half, shape in zip("ab", SHAPES, strict=True)
-        }
-        write_tensors(tmp_path / "adapter.safetensors", pair, {})
-        meta = {"format": name, "version": number, "layer_order": ["lm_head"], "rank": 2, "alpha": 4}
-        meta |= {"base_key_map": {"lm_head": "wte.weight"}, "vocab": 4, "d_model": 3}
-        meta |= {"embed_key": "wte.weight"} if number == 2 else {"adapter_method": "qlora", "quant": {}}
-        (tmp_path / "meta.json").write_text(json.dumps(meta | changes))
-        return ["--adapter", tmp_path / "adapter.safetensors", "--meta", tmp_path / "meta.json"]
+        return merge_fixture(tmp_path, number, name, spelling, changes)[1][2:]
 
-    return weight, adapter
+    return merge_fixture(tmp_path, 3, "vox_mens_adapter")[0], adapter
 
 
 SHAPES = ((2, 3), (4, 2))
@@ -109,17 +94,6 @@ SHAPES = ((2, 3), (4, 2))
 def merge_words(tmp_path, words, verb="merge-qlora"):
     output = ["--output", tmp_path / "merged.safetensors", "--backend", "torch"]
     return main([verb, *map(str, ["--base-shard", tmp_path / "base.safetensors", *words, *output])])
-
-
-@pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("spelling", ["", ".weight"])
-@pytest.mark.parametrize("house", [0, 1])
-def test_merge_qlora_cli_roundtrip_of_both_versions_formats_and_spellings(tmp_path, subset, version, spelling, house):
-    weight, adapter = subset
-    assert merge_words(tmp_path, adapter(version, FORMATS[version][house], spelling)) == 0
-    merged = read_tensors(tmp_path / "merged.safetensors")
-    assert list(merged) == ["wte.weight"]
-    np.testing.assert_allclose(merged["wte.weight"], weight + 4, rtol=0, atol=1e-5)
 
 
 BROKEN_META = {
@@ -168,15 +142,6 @@ def test_merge_broadcasts_nothing(tmp_path, subset, capsys, shape):
     write_tensors(tmp_path / "base.safetensors", {"wte.weight": np.ones(shape, np.float32)}, {})
     assert merge_words(tmp_path, words) == 2
     assert "nothing is broadcast" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["checkpoint.bin", "checkpoint.BIN"])
-@pytest.mark.parametrize("verb", ["merge-qlora", "merge-weights"])
-def test_merge_refuses_a_pickled_checkpoint_with_guidance(tmp_path, capsys, name, verb):
-    (tmp_path / name).write_bytes(b"\x80\x04.")
-    assert merge_words(tmp_path, ["--adapter", tmp_path / name], verb) == 2
-    said = capsys.readouterr().err
-    assert all(word in said for word in ("safetensors", "merge-weights", "merge-qlora", "docs/merging.md"))
 
 
 @pytest.mark.parametrize("missing", ["base.safetensors", "adapter.safetensors", "meta.json"])
