@@ -13,8 +13,8 @@ check: $(VENV)/.dev          ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check                  ## everything
-	$(BIN)/python -m pytest
+test: check                  ## everything, a file at a time on each of two processors
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 torture: $(VENV)/.dev        ## 208 kills at random moments, every run to end with the same bytes, ten to forty minutes
 	$(BIN)/python tests/torture.py

@@ -114,6 +114,8 @@ HERE = f"process {os.getpid()} on {socket.gethostname()}"
         ({"status": "running", "pid": 10**30}, None, "died"),
         ({"status": "running", "pid": NOBODY}, "\x1b]0;owned\x07", "died"),
     ],
+    # Two processes that run the tests know other process ids, and have to agree on the names of the cases.
+    ids=map(str, range(99)),
 )
 def test_the_state_is_what_manifest_and_process_say(manifest, holder, state, tmp_path):
     assert run_state(_folder(tmp_path / "run", manifest, holder=holder))[0] == state
