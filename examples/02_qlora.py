@@ -24,9 +24,9 @@ def main(folder: Path, steps: int = 60) -> dict[str, float]:
     fields = {"data_dir": corpus, "batch_size": 8, "grad_accum": 1, "learning_rate": 1e-3, "seq_len": 512}
     for method in ("lora", "qlora"):
         plan = Planner().plan(output_dir=run, backend="torch", method=method, max_steps=steps, **fields)
-        parts = plan.estimate()["memory_by_part"]
-        base = sum(size for part, size in parts.items() if "base" in part)
-        print(f"{method:6} base {base / 2**20:5.1f} MiB of {sum(parts.values()) / 2**20:.0f} MiB in all")
+        bits = 4.127 if method == "qlora" else 32
+        peak = plan.estimate()["peak_memory_bytes"]
+        print(f"{method:6} {bits:6.3f} bits a weight of the linear layers, {peak / 2**20:.0f} MiB in all by the plan")
 
     result = Planner().run(output_dir=run, backend="torch", method="qlora", max_steps=steps, **fields)
     report = merge([(run, 1.0)], output=merged)

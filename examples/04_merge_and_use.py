@@ -37,13 +37,13 @@ def main(folder: Path, steps: int = 40) -> float:
         seq_len=512,
     )
     Planner().run(plan.contract)
-    report = merge([(run, 1.0)], output=merged)
+    report = merge([(run, 1.0)], output=merged, dtype="float32")
     print(f"merged {report['tensors']} tensors, fidelity {report.get('fidelity')}")
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
     turns = [{"role": "user", "content": PROMPT}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    base = AutoModelForCausalLM.from_pretrained(plan.model_dir)
+    base = AutoModelForCausalLM.from_pretrained(plan.model_dir, dtype=torch.float32)
     with torch.no_grad():
         whole = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
         adapted = PeftModel.from_pretrained(base, run)(ids).logits

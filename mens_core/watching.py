@@ -31,7 +31,7 @@ _RECENT = 20
 _LONGEST_HOLDER = 1000
 
 
-def run_status(folder: Path) -> dict[str, Any]:
+def run_status(folder: str | Path) -> dict[str, Any]:
     """Say how a run stands.
 
     Args:
@@ -46,6 +46,7 @@ def run_status(folder: Path) -> dict[str, Any]:
         ModelError: if the folder holds no run, or its manifest cannot be read.
         DataError: if its telemetry cannot be read.
     """
+    folder = Path(folder)
     state, detail = run_state(folder)
     log = read_telemetry(folder)
     steps = log.payloads("step")
@@ -92,7 +93,7 @@ def run_state(folder: Path) -> tuple[str, str]:
     return status, f"process {process}{elsewhere}"
 
 
-def follow_run(folder: Path, *, every: float = 0.5) -> Iterator[dict[str, Any]]:
+def follow_run(folder: str | Path, *, every: float = 0.5) -> Iterator[dict[str, Any]]:
     """Yield the events of a run, those that were there and those that come, until it has ended.
 
     A run that has not made its folder yet is waited for.
@@ -104,6 +105,7 @@ def follow_run(folder: Path, *, every: float = 0.5) -> Iterator[dict[str, Any]]:
     Raises:
         ModelError, DataError: as ``run_status`` does, but for a folder without a run.
     """
+    folder = Path(folder)
     tail = TelemetryTail(folder)
     while True:
         # Its state first: what it wrote before it ended is then there to be read.

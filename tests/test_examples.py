@@ -30,13 +30,13 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_quickstart_lowers_the_held_out_loss(folder, capsys):
-    before, after = _main("01_quickstart.py")(folder, steps=8, source=LIBRARY / "json", eval_fraction=0.1)
+    before, after = _main("01_quickstart.py")(folder, steps=24, source=LIBRARY / "json", eval_fraction=0.1)
     assert after < before
     assert "--- after" in capsys.readouterr().out
 
 
 def test_qlora_takes_an_eighth_of_the_base_and_learns(folder, capsys):
-    losses = list(_main("02_qlora.py")(folder, steps=8).values())
+    losses = list(_main("02_qlora.py")(folder, steps=24).values())
     assert losses[1] < losses[0]
     assert losses[2] < losses[0]
     assert "merged in" in capsys.readouterr().out

@@ -157,7 +157,7 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint(fields, undist
 
 def test_where_not_even_the_manifest_can_be_written_the_error_says_so(fields, undisturbed, file_sizes):
     try:
-        with pytest.raises(TrainingError, match="refused the run") as caught:
+        with pytest.raises(TrainingError, match="telemetry cannot be written") as caught:
             Planner().run(
                 **fields, observers=[lambda event: file_sizes(100) if event["event"] == "checkpoint_saved" else None]
             )

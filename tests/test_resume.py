@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -452,6 +453,9 @@ def test_a_best_checkpoint_that_has_gone_is_an_error(early, tmp_path):
 
     def remove(event):
         if event["event"] == "evaluation" and event["payload"]["step"] > 6:
+            # Not while it is still being written, which is another error.
+            while not (folder / "checkpoints/step-00000006/COMPLETE").exists():
+                time.sleep(0.01)
             shutil.rmtree(folder / "checkpoints")
 
     with pytest.raises(TrainingError, match="of the lowest held-out loss"):

@@ -52,6 +52,7 @@ def test_every_event_of_a_real_run_holds_to_the_schema(finished):
         "evaluation",
         *["step"] * 3,
         "evaluation",
+        "checkpoint_saved",
         "train_complete",
     ]
 
@@ -170,7 +171,7 @@ def test_watching_ends_when_the_run_does_with_its_exit_code(status, code, tmp_pa
         _folder(folder, {"status": "running", "pid": os.getpid()})
         with Telemetry(folder / "telemetry.jsonl", ()) as telemetry:
             time.sleep(0.3)
-            telemetry.emit("evaluation", {"step": 0, "eval_loss": 1.25})
+            telemetry.emit("evaluation", {"step": 0, "eval_loss": 1.25, "eval_perplexity": 3.49})
         _folder(folder, {"status": status}, telemetry=(folder / "telemetry.jsonl").read_text())
 
     thread = threading.Thread(target=run)
@@ -185,6 +186,8 @@ def test_watching_ends_when_the_run_does_with_its_exit_code(status, code, tmp_pa
 
 
 def test_ctrl_c_ends_watching_and_says_that_the_run_goes_on(tmp_path):
+    # A child inherits that an interrupt is ignored, as in a job of a shell's background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = _folder(tmp_path / "run", {"status": "running", "pid": os.getpid()})
     watch = subprocess.Popen(
         [sys.executable, "-m", "mens_core", "watch", str(folder)],

@@ -30,8 +30,8 @@ def run_gate(
     profile: str = "m1m4",
     *,
     keep_going: bool = False,
-    receipt: Path | None = None,
-    profiles: Path | None = None,
+    receipt: str | Path | None = None,
+    profiles: str | Path | None = None,
     news: Callable[[StepResult], None] | None = None,
 ) -> dict[str, Any]:
     """Run a profile's steps and judge each.
@@ -49,10 +49,10 @@ def run_gate(
     Raises:
         ContractError: if there is no such profile, the file of steps is wrong, or the receipt has no folder.
     """
-    source = profiles or PROFILES
+    source, target = Path(profiles or PROFILES), Path(receipt) if receipt else None
     steps = _steps_of(source, profile)
-    if receipt is not None and not receipt.absolute().parent.is_dir():
-        raise ContractError("the receipt's folder does not exist", where=receipt, fix=f"mkdir {receipt.parent}")
+    if target is not None and not target.absolute().parent.is_dir():
+        raise ContractError("the receipt's folder does not exist", where=target, fix=f"mkdir {target.parent}")
     started_at = utc_now()
     results: list[StepResult] = []
     stopped = False
@@ -75,8 +75,8 @@ def run_gate(
         "sha256": {"package": _package_hash(), "profiles": sha256_file(source)},
         "steps": [attrs.asdict(result) for result in results],
     }
-    if receipt is not None:
-        write_json(receipt, found)
+    if target is not None:
+        write_json(target, found)
     return found
 
 

@@ -49,7 +49,7 @@ class _Judged:
     detail: str
 
 
-def judge_run(run: str | Path, *, policy: str | Path | None = None, output: Path | None = None) -> dict[str, Any]:
+def judge_run(run: str | Path, *, policy: str | Path | None = None, output: str | Path | None = None) -> dict[str, Any]:
     """Judge a finished run, and write the receipt.
 
     Args:
@@ -85,7 +85,7 @@ def judge_run(run: str | Path, *, policy: str | Path | None = None, output: Path
         "passed": all(gate.verdict != "failed" for gate in judged),
         "gates": [attrs.asdict(gate) for gate in judged],
     }
-    write_json(output or folder / RECEIPT, receipt)
+    write_json(Path(output) if output else folder / RECEIPT, receipt)
     return receipt
 
 

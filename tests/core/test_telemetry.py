@@ -42,7 +42,7 @@ STOPPED = {"ts_ms": 1, "event": "train_stopped", "payload": {"step": 1, "error":
 
 
 def _evaluation(step):
-    return {"step": step, "eval_loss": 1.0}
+    return {"step": step, "eval_loss": 1.0, "eval_perplexity": 2.72}
 
 
 def _run(folder, events, error=None, observers=()):
