@@ -1,5 +1,5 @@
 # Each verb creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test torture observers fuzz demo docs bench bench-plans bench-data bench-merge bench-nf4
+.PHONY: install check test acceptance torture observers fuzz demo docs bench bench-plans bench-data bench-merge bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,8 +13,11 @@ check: $(VENV)/.dev          ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check                  ## everything, a file at a time on each of two processors
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: check                  ## everything but the gate's long runs, a file at a time on each of two processors
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not long"
+
+acceptance: $(VENV)/.dev     ## the acceptance runbook, every row and sign-off, with a receipt
+	$(BIN)/python -m mens_core gate --profile ci_full --keep-going
 
 torture: $(VENV)/.dev        ## 208 kills at random moments, every run to end with the same bytes, ten to forty minutes
 	$(BIN)/python tests/torture.py

@@ -9,6 +9,7 @@ the extra ``docs``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import pty
 import select
@@ -46,10 +47,9 @@ def lines(screen: pyte.Screen) -> list[Text]:
     """Its lines with their colours, up to the last that is not blank."""
     drawn = []
     for row in range(LINES):
-        text = Text()
-        for column in range(COLUMNS):
-            cell = screen.buffer[row][column]
-            text.append(cell.data, Style(color=_colour(cell.fg), bold=cell.bold))
+        text, cells = Text(), (screen.buffer[row][column] for column in range(COLUMNS))
+        for (colour, bold), alike in itertools.groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
+            text.append("".join(cell.data for cell in alike), Style(color=_colour(colour), bold=bold))
         text.rstrip()
         drawn.append(text)
     while drawn and not drawn[-1].plain:

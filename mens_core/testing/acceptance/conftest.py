@@ -19,6 +19,11 @@ from mens_core.testing.acceptance.materials import write_corpus, write_trainable
 NAMES = ("torch", "jax")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the mark of what takes more than some seconds; the gate runs it all, ``make test`` leaves it out."""
+    config.addinivalue_line("markers", "long: takes half a minute or more")
+
+
 @pytest.fixture(scope="session")
 def backends() -> dict[str, Backend]:
     """Both backends, loaded through the front door."""

@@ -33,9 +33,18 @@ def test_the_corpus_of_the_runs_holds_pairs_and_traces(corpus: Path) -> None:
     assert (corpus / "eval.jsonl").stat().st_size > 0
 
 
-@pytest.mark.parametrize("family", GRAPHS)
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+# The others are as long together as all other tests; the gate runs them.
+_SHORT = {("torch", "lora", "gpt2"), ("jax", "qlora", "qwen2")}
+
+
+@pytest.mark.parametrize(
+    ("backend", "method", "family"),
+    [
+        pytest.param(*kernel, family, marks=[] if (*kernel, family) in _SHORT else [pytest.mark.long])
+        for kernel in (("torch", "lora"), ("torch", "qlora"), ("jax", "lora"), ("jax", "qlora"))
+        for family in GRAPHS
+    ],
+)
 def test_a_run_trains_merges_and_answers(
     corpus: Path,
     trainable: Callable[[str], Path],

@@ -64,9 +64,9 @@ _STEPS = {"qwen3": 100, "lab": 80}
     [
         ("torch_lora", "qwen3"),
         ("torch_qlora", "qwen3"),
-        ("jax_lora", "qwen3"),
-        ("jax_qlora", "qwen3"),
-        ("torch_lora", "lab"),
+        pytest.param("jax_lora", "qwen3", marks=pytest.mark.long),
+        pytest.param("jax_qlora", "qwen3", marks=pytest.mark.long),
+        pytest.param("torch_lora", "lab", marks=pytest.mark.long),
     ],
 )
 def test_a_skill_is_learnt(
