@@ -166,7 +166,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             for file in (_ADAPTER, _OPTIMIZER, _CURVE)
         )
         state = TrainingState(adapter=adapter, optimizer=optimizer, step=int(record["optimizer_step"]))
-        if not len(curve["losses"]) == len(curve["step_seconds"]) == record["step"]:
+        if not len(curve["losses"]) == len(curve["step_seconds"]) == int(record["step"]):
             raise ResumeError("the checkpoint's curve has not one loss a step", where=folder)
     except (KeyError, TypeError, ValueError) as error:
         raise ResumeError(f"{_STATE} cannot be read: {error!r}", where=folder) from error
@@ -196,7 +196,8 @@ def remove_leftovers(home: Path) -> None:
 
 
 def _described(step: int, state: TrainingState, record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"schema_version": _SCHEMA_VERSION, "step": step, "optimizer_step": state.step, **record}
+    # A record that was read holds these three as well.
+    return {**record, "schema_version": _SCHEMA_VERSION, "step": step, "optimizer_step": state.step}
 
 
 def _remove(folder: Path) -> None:

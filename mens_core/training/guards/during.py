@@ -31,6 +31,7 @@ class StepGuards:
 
     def __init__(self, progress: Progress, policy: str, total: int, judge: Judge) -> None:
         self._progress, self._policy, self._total, self._judge = progress, policy, total, judge
+        self._begins = True
 
     def skips(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the window counts as skipped, for its loss or gradient is not finite; the adapter is as it was.
@@ -51,10 +52,12 @@ class StepGuards:
         Raises:
             TrainingError: if no gradient has been anything but zero.
         """
-        if self._progress.steps_taken == min(_FIRST_STEPS, self._total) and self._progress.zero_gradients:
-            verdict = zero_gradient(self._progress.zero_gradients, self._progress.steps_taken)
-            if not verdict.passed:
-                self._judge.record(verdict)
+        if not self._begins or self._progress.steps_taken < min(_FIRST_STEPS, self._total):
+            return
+        self._begins = False
+        verdict = zero_gradient(self._progress.zero_gradients, self._progress.steps_taken)
+        if not verdict.passed:
+            self._judge.record(verdict)
 
     def close(self) -> None:
         """Write the verdicts of the whole run down.
@@ -134,11 +137,11 @@ def loss_spike(losses: Sequence[float]) -> Verdict:
         if loss > _SPIKE * usual:
             spikes.append((loss / usual if usual else math.inf, step, loss))
     worst = max(spikes, default=None)
-    place = "" if worst is None else f"; the worst is step {worst[1]} with {worst[2]:.3f}"
+    told = "" if worst is None else f"; the worst is step {worst[1]} with {worst[2]:.3f}"
     return Verdict(
         code="loss_spike",
         passed=not spikes,
-        message=f"{len(spikes)} losses are above {_SPIKE:g} times the median of the {_BEFORE_A_SPIKE} before{place}",
+        message=f"{len(spikes)} losses are above {_SPIKE:g} times the median of the {_BEFORE_A_SPIKE} before{told}",
         numbers={
             "spikes": len(spikes),
             "worst_step": None if worst is None else worst[1],
