@@ -13,6 +13,7 @@ from mens_core.artifacts.checkpoints import read_checkpoint, write_checkpoint
 from mens_core.backend import Backend
 from mens_core.errors import ResumeError, RunInterrupted, TrainingError
 from mens_core.exchange import StepMetrics
+from mens_core.training import between
 from mens_core.training.telemetry_log import read_telemetry
 from mens_core.training.telemetry_schema import find_problem
 
@@ -269,15 +270,13 @@ def test_more_than_a_tenth_of_the_windows_is_too_much_to_skip(asked, monkeypatch
     assert _verdicts(asked)["finite_steps"]["numbers"]["windows_skipped"] == 2
 
 
-def test_a_held_out_loss_that_rose_is_a_warning(short):
-    # What is trained makes everything else less likely, and the answers held out are something else.
-    held_out = {"prompt": "p", "response": "?!" * 110}
-    (short["data_dir"] / "eval.jsonl").write_text(json.dumps(held_out) + "\n", encoding="utf-8")
-    asked = {**short, "max_steps": 10, "learning_rate": 5e-2}
-    result = Planner().run(**asked)
-    assert result.eval_loss_after > result.eval_loss_before
+def test_a_held_out_loss_that_rose_is_a_warning(asked, monkeypatch):
+    measured = iter([2.0, 3.0])
+    monkeypatch.setattr(between, "evaluate", lambda *_: next(measured))
+    result = Planner().run(**asked, max_steps=2)
+    assert result.manifest["status"] == "complete"
     found = _verdicts(asked)["eval_loss_not_worse"]
-    assert not found["passed"]
-    assert found["severity"] == "warning"
-    assert found["numbers"] == {"before": result.eval_loss_before, "after": result.eval_loss_after}
-    assert "eval_loss_not_worse" in {event["payload"]["code"] for event in _events(asked) if event["event"] == "guard"}
+    assert (found["passed"], found["severity"]) == (False, "warning")
+    assert found["numbers"] == {"before": 2.0, "after": 3.0}
+    told = [event["payload"] for event in _events(asked) if event["event"] == "guard"]
+    assert [(event["code"], event["severity"]) for event in told] == [("eval_loss_not_worse", "warning")]
