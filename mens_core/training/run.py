@@ -231,10 +231,10 @@ def _train(run: _Run, telemetry: Telemetry, judge: Judge) -> tuple[dict[str, Any
             between.measure(0)
         # Asked once before the first step, so that whoever stops the run knows that it listens.
         run.stop()
+        steps = StepGuards(progress, spec.on_non_finite, between.total, judge)
         if not between.stops_early():
-            steps = StepGuards(progress, spec.on_non_finite, between.total, judge)
             train(backend, session, run.rows.rows, plan.contract, telemetry, progress, between, steps)
-            steps.close()
+        steps.close()
         saver.finish()
     session, end, step = _final(run, between, session)
     judge.record(eval_loss_not_worse(progress.evaluations.get(0), progress.evaluations.get(step)))
