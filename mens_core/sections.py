@@ -255,6 +255,12 @@ class TrainingSpec:
         exclusive=True,
         evidence="the default of transformers' Trainer",
     )
+    on_non_finite: str = fields.choice(
+        "stop",
+        ("stop", "skip-window"),
+        "What happens where a loss or gradient is not finite: stop fails the run; skip-window leaves the adapter as it "
+        "was, counts the window and goes on, unless more than a tenth of the run's windows or ten in a row are so.",
+    )
     seed: int = fields.integer(42, "Seeds the adapter's start, the order of the rows and dropout.", low=0)
     eval_every: int | None = fields.integer(
         None,

@@ -57,6 +57,10 @@ class TrainingView:
                 self._line(f"held-out loss {payload['eval_loss']:.4f} after {payload['step']} steps")
             case "step":
                 self._step(payload)
+            case "window_skipped":
+                self._line(f"warning: the window of step {payload['step']} was skipped, for it gave no finite number")
+            case "guard" if payload["severity"] == "warning":
+                self._line(f"warning: {payload['code']}: {payload['message']}")
             case "checkpoint_saved":
                 size, seconds = written_size(payload["bytes"]), payload["seconds"]
                 self._line(f"checkpoint of step {payload['step']}: {size} in {seconds:.2g} s")

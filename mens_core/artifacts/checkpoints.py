@@ -3,7 +3,7 @@
     checkpoints/step-00000100/
         adapter.safetensors     the adapter, by the names all backends share
         optimizer.safetensors   its moments
-        curve.safetensors       loss and seconds of every step so far, float64
+        curve.safetensors       loss and seconds of every window so far, float64; a skipped one's loss is NaN
         state.json              where the run stands, and what it was begun with
         COMPLETE                size and sha256 of each; written last
 
@@ -44,7 +44,7 @@ __all__ = [
 
 COMPLETE = "COMPLETE"
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _ADAPTER, _OPTIMIZER, _CURVE = "adapter.safetensors", "optimizer.safetensors", "curve.safetensors"
 _STATE = "state.json"
 _FILES = (_ADAPTER, _OPTIMIZER, _CURVE, _STATE)
@@ -58,15 +58,20 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        state: adapter, optimizer and step.
+        state: adapter, optimizer and its own step, which skipped windows do not advance.
         record: what state.json says.
-        curve: ``losses`` and ``step_seconds``, (steps,) float64 each.
+        curve: ``losses`` and ``step_seconds``, (windows,) float64 each.
     """
 
     path: Path
     state: TrainingState
     record: Mapping[str, Any]
     curve: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def step(self) -> int:
+        """Windows that are done, skipped ones among them; the checkpoint is called by it."""
+        return len(self.curve["losses"])
 
 
 def checkpoint_name(step: int) -> str:
@@ -99,14 +104,15 @@ def write_checkpoint(
         OSError: as the file system reports it; other checkpoints are then untouched.
     """
     home.mkdir(exist_ok=True)
-    place = home / checkpoint_name(state.step)
+    step = len(curve["losses"])
+    place = home / checkpoint_name(step)
     if place.exists():
         _remove(place)
     with appearing(place) as folder:
         write_tensors(folder / _ADAPTER, state.adapter, {})
         write_tensors(folder / _OPTIMIZER, state.optimizer, {})
         write_tensors(folder / _CURVE, curve, {})
-        write_json(folder / _STATE, {"schema_version": _SCHEMA_VERSION, "step": state.step, **record})
+        write_json(folder / _STATE, _described(step, state, record))
         sizes = {name: (folder / name).stat().st_size for name in _FILES}
         files = {name: {"bytes": size, "sha256": sha256_file(folder / name)} for name, size in sizes.items()}
         write_json(folder / COMPLETE, {"schema_version": _SCHEMA_VERSION, "files": files})
@@ -159,8 +165,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             {name: np.array(tensor) for name, tensor in read_tensors(folder / file).items()}
             for file in (_ADAPTER, _OPTIMIZER, _CURVE)
         )
-        state = TrainingState(adapter=adapter, optimizer=optimizer, step=int(record["step"]))
-        if not len(curve["losses"]) == len(curve["step_seconds"]) == state.step:
+        state = TrainingState(adapter=adapter, optimizer=optimizer, step=int(record["optimizer_step"]))
+        if not len(curve["losses"]) == len(curve["step_seconds"]) == int(record["step"]):
             raise ResumeError("the checkpoint's curve has not one loss a step", where=folder)
     except (KeyError, TypeError, ValueError) as error:
         raise ResumeError(f"{_STATE} cannot be read: {error!r}", where=folder) from error
@@ -187,6 +193,11 @@ def remove_leftovers(home: Path) -> None:
     for path in [*home.iterdir()] if home.is_dir() else []:
         if _HIDDEN.fullmatch(path.name):
             shutil.rmtree(path)
+
+
+def _described(step: int, state: TrainingState, record: Mapping[str, Any]) -> dict[str, Any]:
+    # A record that was read holds these three as well.
+    return {**record, "schema_version": _SCHEMA_VERSION, "step": step, "optimizer_step": state.step}
 
 
 def _remove(folder: Path) -> None:

@@ -50,6 +50,7 @@ class Manifest:
         self.fields: dict[str, Any] = _planned(plan, plugin)
         if earlier is not None:
             self.fields |= {name: earlier[name] for name in ("run_id", "created_at")}
+            self.fields["guards"] = earlier.get("guards", [])
             self.fields["interruptions"] = [*earlier.get("interruptions", []), _interruption(earlier, step)]
         write_json(path, self.fields)
 
@@ -87,6 +88,7 @@ def _planned(plan: ExecutionPlan, plugin: str) -> dict[str, Any]:
         "host": socket.gethostname(),
         "interruptions": [],
         "resumed_from": None,
+        "guards": [],
         "run_id": str(uuid.uuid4()),
         "created_at": utc_now(),
         "execution_kernel": plan.execution_kernel,

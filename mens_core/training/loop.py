@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from mens_core.contract import FineTuneContract
 from mens_core.exchange import Batch, StepMetrics
 from mens_core.text.pack import Batching, pack, total_steps
 from mens_core.text.tokens import TokenRows
-from mens_core.training.guards import check_finite
+from mens_core.training.guards.during import StepGuards
 from mens_core.training.memory import peak_memory_bytes
 from mens_core.training.progress import Progress
 from mens_core.training.schedule import learning_rate, warmup_for
@@ -40,6 +41,7 @@ def train(
     telemetry: Telemetry,
     progress: Progress,
     pauses: Pauses,
+    guards: StepGuards,
 ) -> None:
     """Step through the windows of all epochs, from where the progress stands.
 
@@ -47,7 +49,7 @@ def train(
     makes it wait, unless there is something to do in between.
 
     Raises:
-        TrainingError: if a loss or gradient norm is not finite.
+        TrainingError: if a guard ends the run, such as for a loss that is not finite.
     """
     spec, batching = contract.training, Batching.of(contract)
     per_epoch = batching.steps(rows.lengths)
@@ -61,16 +63,16 @@ def train(
         started = time.perf_counter()
         metrics = backend.step(session, window, rate)
         if pending is not None:
-            _record(progress, telemetry, pending, ended=started)
+            _record(progress, telemetry, guards, pending, ended=started)
         place = {"epoch": step // per_epoch, "step": step + 1, "total_steps": total, "lr": rate}
         pending = _Pending(place=place, window=window, metrics=metrics, started=started)
         if pauses.due(step + 1):
-            _record(progress, telemetry, pending, ended=None)
+            _record(progress, telemetry, guards, pending, ended=None)
             pending = None
             if pauses.act(step + 1, step // per_epoch):
                 break
     if pending is not None:
-        _record(progress, telemetry, pending, ended=None)
+        _record(progress, telemetry, guards, pending, ended=None)
 
 
 def evaluate(backend: Backend, session: Any, rows: TokenRows, batch_size: int) -> float:
@@ -103,17 +105,24 @@ class _Pending:
     started: float
 
 
-def _record(progress: Progress, telemetry: Telemetry, step: _Pending, *, ended: float | None) -> None:
+def _record(
+    progress: Progress, telemetry: Telemetry, guards: StepGuards, step: _Pending, *, ended: float | None
+) -> None:
     """Read a step's metrics; it lasted until the next one began, or where none followed at once, until it was read."""
     loss = float(step.metrics.loss_sum) / step.metrics.supervised_tokens
     grad_norm = float(step.metrics.grad_norm)
-    check_finite(step.place["step"], loss, grad_norm)
+    skipped = guards.skips(step.place["step"], loss, grad_norm)
     seconds = (time.perf_counter() if ended is None else ended) - step.started
     tokens = sum(len(batch.input_ids) for batch in step.window)
-    progress.losses.append(loss)
+    progress.losses.append(math.nan if skipped else loss)
     progress.step_seconds.append(seconds)
     progress.seconds += seconds
     progress.tokens += tokens
+    if skipped:
+        finite = {"loss_is_finite": math.isfinite(loss), "grad_norm_is_finite": math.isfinite(grad_norm)}
+        telemetry.emit("window_skipped", {"epoch": step.place["epoch"], "step": step.place["step"], **finite})
+        return
+    progress.zero_gradients += grad_norm == 0
     progress.supervised_tokens += step.metrics.supervised_tokens
     telemetry.emit(
         "step",
@@ -130,3 +139,4 @@ def _record(progress: Progress, telemetry: Telemetry, step: _Pending, *, ended: 
             "peak_memory_bytes": peak_memory_bytes(),
         },
     )
+    guards.told()

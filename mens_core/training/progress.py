@@ -36,11 +36,12 @@ class Progress:
     """What a loop leaves, and what it goes on from.
 
     Attributes:
-        losses: mean loss of each step, in nats per supervised token.
-        step_seconds: of each step.
+        losses: mean loss of each window, in nats per supervised token; NaN where the window was skipped.
+        step_seconds: of each window.
         tokens: all tokens that went through the model.
         supervised_tokens: those of them that were trained on.
         seconds: of all steps.
+        zero_gradients: steps whose gradient was exactly zero.
         evaluations: step → held-out loss after it; that of step 0 is the start's.
         wall_seconds: of the processes before this one.
         peak_memory_bytes: highest resident size of the processes before this one.
@@ -51,6 +52,7 @@ class Progress:
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    zero_gradients: int = 0
     evaluations: dict[int, float] = attrs.field(factory=dict)
     wall_seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -65,6 +67,7 @@ class Progress:
             tokens=saved["tokens"],
             supervised_tokens=saved["supervised_tokens"],
             seconds=saved["seconds"],
+            zero_gradients=saved["zero_gradients"],
             evaluations={int(step): float(loss) for step, loss in saved["evaluations"]},
             wall_seconds=saved["wall_seconds"],
             peak_memory_bytes=saved["peak_memory_bytes"],
@@ -72,8 +75,17 @@ class Progress:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken."""
+        """Windows that are done, skipped ones among them; this is where the run stands in its data."""
         return len(self.losses)
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps: windows that were not skipped."""
+        return len(self._known)
+
+    @property
+    def _known(self) -> list[float]:
+        return [loss for loss in self.losses if not math.isnan(loss)]
 
     def record(self, *, wall_seconds: float, peak_memory_bytes: int) -> dict[str, Any]:
         """For state.json; the arguments are this process's own."""
@@ -81,6 +93,7 @@ class Progress:
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "seconds": self.seconds,
+            "zero_gradients": self.zero_gradients,
             "evaluations": [[step, loss] for step, loss in self.evaluations.items()],
             "wall_seconds": self.wall_seconds + wall_seconds,
             "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory_bytes),
@@ -106,11 +119,13 @@ class Progress:
 
     def summary(self) -> dict[str, Any]:
         """The loop's part of the manifest's results; first and last loss are means of a tenth of the steps."""
-        tenth = max(1, len(self.losses) // 10)
+        losses = self._known
+        tenth = max(1, len(losses) // 10)
         return {
-            "optimizer_steps": len(self.losses),
-            "first_loss": sum(self.losses[:tenth]) / tenth,
-            "last_loss": sum(self.losses[-tenth:]) / tenth,
+            "optimizer_steps": len(losses),
+            "windows_skipped": len(self.losses) - len(losses),
+            "first_loss": sum(losses[:tenth]) / tenth,
+            "last_loss": sum(losses[-tenth:]) / tenth,
             "tokens_trained": self.tokens,
             "supervised_tokens_trained": self.supervised_tokens,
             "train_seconds": self.seconds,

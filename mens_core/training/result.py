@@ -24,7 +24,7 @@ class RunResult:
         output_dir: the run directory.
         adapter_dir: the folder PEFT opens; the run directory itself.
         manifest: training_manifest.json as a dictionary.
-        losses: mean training loss of each optimizer step, in nats per supervised token.
+        losses: mean training loss of each window, in nats per supervised token; NaN where it was skipped.
         eval_loss_before: held-out loss of the base; None without an eval.jsonl.
         eval_loss_after: held-out loss with the adapter; None without an eval.jsonl.
         resumed_from: the checkpoint that this process went on from; None if it began the run.
@@ -51,7 +51,7 @@ def result_of(
     Args:
         folder: of the run.
         manifest: its fields.
-        losses: of every step.
+        losses: of every window.
         resumed_from: the checkpoint that this process went on from.
     """
     results = manifest["results"]

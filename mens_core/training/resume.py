@@ -42,6 +42,7 @@ _HARMLESS = {
     "eval_every",
     "early_stopping_patience",
     "early_stopping_min_delta",
+    "on_non_finite",
 }
 # Of these the contract may say auto, or nothing; what counts is what the plan came to.
 _DECIDED = {"backend", "device", "dtype", "tokenizer", "base_quant", "warmup_steps"}
@@ -128,9 +129,9 @@ def find_checkpoint(plan: ExecutionPlan, folder: RunDirectory) -> Found:
     if found.checkpoint is None:
         raise ResumeError("the run has no checkpoint that is whole", where="; ".join([str(path), *found.passed_over]))
     if found.checkpoint.path.resolve().parent == own.resolve():
-        return attrs.evolve(found, whole=_whole_before(own, found.checkpoint.state.step))
+        return attrs.evolve(found, whole=_whole_before(own, found.checkpoint.step))
     best = found.checkpoint.record.get("best")
-    if needs_best and best is not None and best["step"] != found.checkpoint.state.step:
+    if needs_best and best is not None and best["step"] != found.checkpoint.step:
         raise ResumeError(
             "early stopping may give the adapter of an earlier checkpoint, which another folder would not have",
             where=found.checkpoint.path,
@@ -204,7 +205,7 @@ def _with_best(path: Path, *, needs_best: bool) -> Checkpoint:
     """Read a checkpoint; where the run may end with the best one, that has to be whole, too."""
     checkpoint = read_checkpoint(path)
     best = checkpoint.record.get("best")
-    if needs_best and best is not None and best["step"] != checkpoint.state.step:
+    if needs_best and best is not None and best["step"] != checkpoint.step:
         check_checkpoint(path.with_name(checkpoint_name(best["step"])))
     return checkpoint
 

@@ -25,13 +25,16 @@ from mens_core.errors import RunInterrupted, TrainingError
 from mens_core.exchange import TrainingState
 from mens_core.hf.inventory import read_inventory
 from mens_core.plan import ExecutionPlan
-from mens_core.text.encode import open_encoder
+from mens_core.text.encode import Encoder, open_encoder
 from mens_core.text.pack import Batching, total_steps
 from mens_core.training.accuracy import beside_measured
 from mens_core.training.between import BetweenSteps, Stop
 from mens_core.training.data import ReadRows, check_enough, load_rows
 from mens_core.training.faults import explained
-from mens_core.training.guards import check_changed, check_trainable
+from mens_core.training.guards.after import eval_loss_not_worse
+from mens_core.training.guards.during import StepGuards
+from mens_core.training.guards.gate import Gate
+from mens_core.training.guards.verdict import Judge
 from mens_core.training.loop import train
 from mens_core.training.memory import peak_memory_bytes
 from mens_core.training.progress import Progress, perplexity
@@ -68,7 +71,8 @@ def run_plan(
         KeyboardInterrupt: passed on; the manifest says ``interrupted``.
     """
     began = time.monotonic()
-    rows, held_out = _read_data(plan, observers)
+    encoder = open_encoder(plan.tokenizer, plan.tokenizer_file, plan.model_dir, plan.layout)
+    rows, held_out = _read_data(plan, encoder, observers)
     with RunDirectory.claim(plan.contract.output, goes_on=goes_on(plan)) as folder:
         finished = finished_result(plan, folder)
         if finished is not None:
@@ -81,9 +85,9 @@ def run_plan(
         if found.checkpoint is None:
             refuse_complete(folder)
             folder.clear()
-        run = _Run(plan, backend, rows, held_out, folder, found, notes, origin, stop, began)
+        run = _Run(plan, backend, encoder, rows, held_out, folder, found, notes, origin, stop, began)
         manifest = Manifest(
-            folder.manifest, plan, backend.plugin, earlier, found.checkpoint.state.step if found.checkpoint else 0
+            folder.manifest, plan, backend.plugin, earlier, found.checkpoint.step if found.checkpoint else 0
         )
         try:
             return _run(run, manifest, observers, certificate, hashes)
@@ -101,6 +105,7 @@ class _Run:
 
     plan: ExecutionPlan
     backend: Backend
+    encoder: Encoder
     rows: ReadRows
     held_out: ReadRows | None
     folder: RunDirectory
@@ -130,16 +135,16 @@ def _run(
         sha256=hashes,
         resumed_from=None
         if checkpoint is None
-        else {"step": checkpoint.state.step, "path": str(checkpoint.path), "notes": list(run.notes)},
+        else {"step": checkpoint.step, "path": str(checkpoint.path), "notes": list(run.notes)},
         checkpoints_passed_over=list(run.found.passed_over),
     )
-    taken_back = 0 if checkpoint is None else rewind(folder.telemetry, checkpoint.state.step)
+    taken_back = 0 if checkpoint is None else rewind(folder.telemetry, checkpoint.step)
     with Telemetry(folder.telemetry, [run.backend.event, *observers]) as telemetry:
         telemetry.emit("train_start", _train_start(run))
         if checkpoint is not None or run.found.passed_over:
             telemetry.emit("train_resume", _train_resume(run, manifest, taken_back))
         try:
-            results, progress = _train(run, telemetry)
+            results, progress = _train(run, telemetry, Judge(manifest, telemetry))
         except RunInterrupted as interrupted:
             told = {"reason": interrupted.reason, "step": interrupted.step, "path": str(interrupted.checkpoint)}
             telemetry.emit("train_interrupted", told)
@@ -172,13 +177,14 @@ def _estimate(plan: ExecutionPlan, results: Mapping[str, Any]) -> dict[str, Any]
         plan,
         peak_memory_bytes=results["peak_memory_bytes"],
         seconds_per_step=results["median_step_seconds"],
-        tokens_per_step=results["tokens_trained"] / results["optimizer_steps"],
+        tokens_per_step=results["tokens_trained"] / (results["optimizer_steps"] + results["windows_skipped"]),
     )
 
 
-def _read_data(plan: ExecutionPlan, observers: Sequence[Observer]) -> tuple[ReadRows, ReadRows | None]:
+def _read_data(
+    plan: ExecutionPlan, encoder: Encoder, observers: Sequence[Observer]
+) -> tuple[ReadRows, ReadRows | None]:
     assert plan.train_file is not None, "a plan to train has rows"
-    encoder = open_encoder(plan.tokenizer, plan.tokenizer_file, plan.model_dir, plan.layout)
 
     def news(rows: int) -> None:
         # The run has no folder yet, and so no telemetry.
@@ -192,13 +198,17 @@ def _read_data(plan: ExecutionPlan, observers: Sequence[Observer]) -> tuple[Read
     return rows, load_rows(plan.eval_file, plan.contents["eval.jsonl"], plan.contract, encoder, news=news)
 
 
-def _train(run: _Run, telemetry: Telemetry) -> tuple[dict[str, Any], Progress]:
+def _train(run: _Run, telemetry: Telemetry, judge: Judge) -> tuple[dict[str, Any], Progress]:
     plan, backend, checkpoint = run.plan, run.backend, run.found.checkpoint
     spec, batching = plan.contract.training, Batching.of(plan.contract)
+    gate = Gate(plan=plan, backend=backend, judge=judge, rows=run.rows.rows)
+    gate.rows_are_fit(run.encoder)
     session = backend.open(plan, batching.shape(run.rows.rows, spec.epochs))
-    start = _start(plan, backend.state(session))
-    check_trainable(start)
-    session = backend.restore(session, start if checkpoint is None else checkpoint.state)
+    opened = backend.state(session)
+    start = _start(plan, opened)
+    session = gate.begin(session, opened, start)
+    if checkpoint is not None:
+        session = backend.restore(session, checkpoint.state)
     progress = Progress() if checkpoint is None else Progress.of(checkpoint)
     with Saver(
         run.folder.checkpoints, plan.contract.checkpoint.keep_checkpoints, telemetry, list(run.found.whole)
@@ -221,13 +231,17 @@ def _train(run: _Run, telemetry: Telemetry) -> tuple[dict[str, Any], Progress]:
             between.measure(0)
         # Asked once before the first step, so that whoever stops the run knows that it listens.
         run.stop()
+        steps = StepGuards(progress, spec.on_non_finite, between.total, judge)
         if not between.stops_early():
-            train(backend, session, run.rows.rows, plan.contract, telemetry, progress, between)
+            train(backend, session, run.rows.rows, plan.contract, telemetry, progress, between, steps)
+        steps.close()
         saver.finish()
-    session, end = _final(run, between, session)
-    check_changed(start, end)
+    session, end, step = _final(run, between, session)
+    judge.record(eval_loss_not_worse(progress.evaluations.get(0), progress.evaluations.get(step)))
+    session = gate.end(session, start, end)
     write_adapter(run.folder.path, end.adapter, plan)
-    results = run.rows.counters() | _results(run, between, end.step)
+    gate.written(session, end, run.folder.path)
+    results = run.rows.counters() | _results(run, between, step)
     parameters = sum(tensor.size for tensor in end.adapter.values())
     card = model_card(plan, modules=len(end.adapter) // 2, parameters=parameters, results=results)
     write_text(run.folder.model_card, card)
@@ -238,8 +252,11 @@ def _train(run: _Run, telemetry: Telemetry) -> tuple[dict[str, Any], Progress]:
     return results, progress
 
 
-def _final(run: _Run, between: BetweenSteps, session: Any) -> tuple[Any, TrainingState]:
+def _final(run: _Run, between: BetweenSteps, session: Any) -> tuple[Any, TrainingState, int]:
     """The adapter that the run gives: of the last step, or with early stopping of the lowest held-out loss.
+
+    Returns:
+        (the session that holds it; the adapter; after which window it was so).
 
     Raises:
         TrainingError: if that one's checkpoint is not there any more.
@@ -247,7 +264,7 @@ def _final(run: _Run, between: BetweenSteps, session: Any) -> tuple[Any, Trainin
     spec = run.plan.contract.training
     best = between.progress.best(spec.early_stopping_min_delta)
     if spec.early_stopping_patience is None or best is None or best.step == between.progress.steps:
-        return session, run.backend.state(session)
+        return session, run.backend.state(session), between.progress.steps
     path = between.best_path()
     if path is None:
         raise TrainingError(
@@ -256,7 +273,7 @@ def _final(run: _Run, between: BetweenSteps, session: Any) -> tuple[Any, Trainin
             fix="go on from an earlier one with --resume auto",
         )
     state = read_checkpoint(path).state
-    return run.backend.restore(session, state), state
+    return run.backend.restore(session, state), state, best.step
 
 
 def _results(run: _Run, between: BetweenSteps, adapter_step: int) -> dict[str, Any]:
@@ -326,7 +343,7 @@ def _train_start(run: _Run) -> dict[str, Any]:
 def _train_resume(run: _Run, manifest: Manifest, taken_back: int) -> dict[str, Any]:
     checkpoint = run.found.checkpoint
     return {
-        "step": 0 if checkpoint is None else checkpoint.state.step,
+        "step": 0 if checkpoint is None else checkpoint.step,
         "path": None if checkpoint is None else str(checkpoint.path),
         "interruptions": [entry["reason"] for entry in manifest.fields["interruptions"]],
         "passed_over": list(run.found.passed_over),

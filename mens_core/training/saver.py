@@ -73,7 +73,7 @@ class Saver:
             OSError: if the one before could not be written.
         """
         self.finish()
-        self._saved = [step for step in self._saved if step < checkpoint.state.step] + [checkpoint.state.step]
+        self._saved = [step for step in self._saved if step < checkpoint.step] + [checkpoint.step]
         self._saved = sorted({*self._saved[-self._keep :], *([best] if best in self._saved else [])})
         self._writing = self._thread.submit(self._write, checkpoint, list(self._saved))
 
@@ -112,4 +112,4 @@ class Saver:
         record: dict[str, Any] = dict(checkpoint.record)
         size = write_checkpoint(self.home, checkpoint.state, record, checkpoint.curve)
         keep_only(self.home, keep)
-        return _Saved(checkpoint.state.step, record["epoch"], time.perf_counter() - started, size)
+        return _Saved(checkpoint.step, record["epoch"], time.perf_counter() - started, size)

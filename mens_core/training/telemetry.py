@@ -13,6 +13,7 @@ steps after its checkpoint, since they are taken again: every step is in the fil
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ TELEMETRY_SCHEMA = 1
 ENDINGS = ("train_complete", "train_interrupted", "train_stopped")
 
 # What a run that goes on tells again.
-_OF_A_STEP = {"step", "evaluation", "checkpoint_saved"}
+_OF_A_STEP = {"step", "window_skipped", "evaluation", "checkpoint_saved"}
 
 Observer = Callable[[Mapping[str, Any]], None]
 
@@ -132,14 +133,16 @@ def rewind(path: Path, step: int) -> int:
 
 
 def told_losses(path: Path) -> tuple[float, ...]:
-    """The loss of every step in a run's telemetry.
+    """The loss of every window in a run's telemetry, NaN where it was skipped.
 
     Raises:
         OSError: if it cannot be read.
     """
     with path.open(encoding="utf-8") as lines:
         events = (json.loads(line) for line in lines)
-        return tuple(event["payload"]["loss"] for event in events if event["event"] == "step")
+        return tuple(
+            event["payload"].get("loss", math.nan) for event in events if event["event"] in {"step", "window_skipped"}
+        )
 
 
 def _stays(line: bytes, step: int) -> bool:

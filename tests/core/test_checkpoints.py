@@ -82,7 +82,7 @@ def _rewrite(folder, name, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state | {"schema_version": 2}, "schema 2"),
+        (lambda state: state | {"schema_version": 1}, "schema 1"),
         (lambda state: state | {"step": 4}, "one loss a step"),
         (lambda state: state | {"step": None}, "state.json cannot be read"),
         (list, "state.json cannot be read"),

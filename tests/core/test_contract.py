@@ -55,6 +55,7 @@ OTHER = {
     "schedule": "linear",
     "warmup_steps": 7,
     "weight_decay": 0.1,
+    "on_non_finite": "skip-window",
     "max_grad_norm": 0.3,
     "seed": 1,
     "eval_every": 10,
