@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mens_core.errors import MensError
 
-__all__ = ["read_mapping"]
+__all__ = ["read_mapping", "unknown_keys"]
 
 _LONGEST = 1_000_000
 
@@ -37,6 +39,23 @@ def read_mapping(path: Path, error: type[MensError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise error("the YAML file is no mapping", where=path, expected="lines such as rank: 8")
     return content
+
+
+def unknown_keys(content: Mapping[str, Any], keys: Collection[str], where: str) -> list[str]:
+    """A line for every key that is none of ``keys``, with the nearest of them.
+
+    Args:
+        content: as it was read.
+        keys: that there are.
+        where: what stands before a key in the line, such as ``steps.``.
+    """
+    lines = []
+    for key in content:
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            lines.append(f"{where}{key} is not a key{hint} (keys: {', '.join(keys)})")
+    return lines
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import attrs
 
 from mens_core.acceptance.checks import CHECKS
 from mens_core.errors import ContractError
-from mens_core.strict_yaml import read_mapping
+from mens_core.strict_yaml import read_mapping, unknown_keys
 
 __all__ = ["PACKAGE", "PROFILES", "Step", "read_profiles"]
 
@@ -63,7 +63,7 @@ def read_profiles(path: Path = PROFILES) -> dict[str, tuple[Step, ...]]:
         ContractError: if the file cannot be read, or listing every key and value that is wrong.
     """
     content = read_mapping(path, ContractError)
-    problems = _unknown(content, ("steps", "profiles"), "")
+    problems = unknown_keys(content, ("steps", "profiles"), "")
     steps, profiles = (content.get(key) or {} for key in ("steps", "profiles"))
     for key, value in (("steps", steps), ("profiles", profiles)):
         if not isinstance(value, dict) or not value:
@@ -90,16 +90,6 @@ def _step(name: str, content: Mapping[str, Any], folder: Path) -> Step:
         commands=tuple(map(tuple, content.get("commands", ()))),
         check=content.get("check"),
     )
-
-
-def _unknown(content: Mapping[str, Any], keys: Collection[str], where: str) -> list[str]:
-    lines = []
-    for key in content:
-        if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            lines.append(f"{where}{key} is not a key{hint} (keys: {', '.join(keys)})")
-    return lines
 
 
 def _is_text(value: object) -> bool:
@@ -138,7 +128,7 @@ def _step_problems(name: str, content: object) -> list[str]:
     where = f"steps.{name}."
     if not isinstance(content, dict):
         return [f"steps.{name} must be a mapping (got {content!r})"]
-    lines = _unknown(content, _STEP, where) + _values(content, _STEP, where)
+    lines = unknown_keys(content, _STEP, where) + _values(content, _STEP, where)
     lines += [f"{where}{key} is missing" for key in ("rows", "part") if key not in content]
     if ("tests" in content) == ("commands" in content):
         lines.append(f"steps.{name} must have tests or commands, one of the two")
@@ -146,7 +136,7 @@ def _step_problems(name: str, content: object) -> list[str]:
         lines.append(f"steps.{name} must say with check what its commands must have done, and only commands have one")
     tests = content.get("tests")
     if isinstance(tests, dict):
-        lines += _unknown(tests, _TESTS, f"{where}tests.") + _values(tests, _TESTS, f"{where}tests.")
+        lines += unknown_keys(tests, _TESTS, f"{where}tests.") + _values(tests, _TESTS, f"{where}tests.")
         lines += [] if "file" in tests else [f"{where}tests.file is missing"]
     return lines
 

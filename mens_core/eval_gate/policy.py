@@ -14,7 +14,6 @@ Every gate says whether it blocks. Paths are relative to the policy's folder.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import attrs
 
 from mens_core.errors import ContractError
-from mens_core.strict_yaml import read_mapping
+from mens_core.strict_yaml import read_mapping, unknown_keys
 
 __all__ = ["DEFAULT_POLICY", "Bound", "Policy", "Suite", "read_policy"]
 
@@ -113,7 +112,7 @@ def read_policy(path: Path = DEFAULT_POLICY) -> Policy:
         ContractError: if the file cannot be read, or listing every key and value that is wrong.
     """
     content = read_mapping(path, ContractError)
-    problems = _unknown(content, [*_NUMBERS, *_GROUPS], "")
+    problems = unknown_keys(content, [*_NUMBERS, *_GROUPS], "")
     for gate, rules in _NUMBERS.items():
         problems += _problems(content[gate], rules, gate) if gate in content else []
     for group, rules in _GROUPS.items():
@@ -146,20 +145,10 @@ def _bound(gate: str, content: Mapping[str, Any]) -> Bound:
     return Bound(gate=gate, kind=kind, value=content[kind], block=content["block"])
 
 
-def _unknown(content: Mapping[str, Any], keys: list[str], where: str) -> list[str]:
-    lines = []
-    for key in content:
-        if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            lines.append(f"{where}{key} is not a key{hint} (keys: {', '.join(keys)})")
-    return lines
-
-
 def _problems(content: object, rules: _Rules, gate: str) -> list[str]:
     if not isinstance(content, dict):
         return [f"{gate} must be a mapping of {', '.join(rules)} (got {content!r})"]
-    lines = _unknown(content, [*rules], f"{gate}.")
+    lines = unknown_keys(content, [*rules], f"{gate}.")
     for key, (fits, expected) in rules.items():
         if key not in content:
             lines.append(f"{gate}.{key} is missing")
