@@ -46,10 +46,13 @@ def qwen2_folder(folder, *, hidden, heads, layers, vocab, keep=None):
 
 
 def word_level(path, vocab):
-    """Write a tokenizer of a few words, every other text is its first token."""
-    words = {f"w{number}": number for number in range(vocab)}
+    """Write a tokenizer of a few words, the last of which ends a turn; every other text is its first token."""
+    end = {"id": vocab - 1, "content": "<|im_end|>", "special": True, "normalized": False}
+    end |= {"single_word": False, "lstrip": False, "rstrip": False}
+    words = {f"w{number}": number for number in range(vocab - 1)} | {end["content"]: end["id"]}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
-    path.write_text(json.dumps({"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model}))
+    content = {"version": "1.0", "added_tokens": [end], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    path.write_text(json.dumps(content))
 
 
 def rows_folder(folder, count=6):

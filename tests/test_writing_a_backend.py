@@ -82,7 +82,7 @@ def test_the_entry_points_are_of_the_groups_that_are_looked_at():
 
 
 def test_its_code_runs_and_its_offer_is_an_offer(tmp_path):
-    start, error, suite = map(_run, _blocks("python"))
+    start, error, suite = map(_run, [*_blocks("python"), *_blocks("py")])
     manager = pluggy.PluginManager("mens_core")
     manager.add_hookspecs(hookspecs)
     manager.register(type("Plugin", (), {"mens_plan": staticmethod(start["mens_plan"])})())
