@@ -32,6 +32,19 @@ settings.register_profile("shared", deadline=None, suppress_health_check=[Health
 settings.load_profile("shared")
 
 
+# A run on JAX compiles for half a minute. Every method and family is met without these, and all pairs by the gate.
+LONG_RUNS = {("jax", "lora", "llama"), ("jax", "lora", "qwen2"), ("jax", "qlora", "gpt2"), ("jax", "qlora", "qwen3")}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what takes long."""
+    for item in items:
+        asked = item.callspec.params if hasattr(item, "callspec") else {}
+        kernel = tuple(map(asked.get, ("backend", "method", "family")))
+        if item.path.name == "test_training.py" and kernel in LONG_RUNS:
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session", params=["torch", "jax"])
 def backend(request):
     """Each backend in turn, loaded through the front door."""
