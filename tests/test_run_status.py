@@ -15,6 +15,7 @@ from rich.console import Console
 
 import mens_core
 from mens_core import Planner
+from mens_core.artifacts.files import write_json, write_text
 from mens_core.artifacts.rundir import RunDirectory
 from mens_core.cli import main
 from mens_core.errors import TrainingError
@@ -83,10 +84,11 @@ def test_a_finished_run_is_complete(finished, capsys):
 def _folder(path, manifest, *, holder=None, telemetry=""):
     path.mkdir(parents=True, exist_ok=True)
     if manifest is not None:
-        (path / "training_manifest.json").write_text(json.dumps(manifest))
+        # Whole or not there, as a run writes it: somebody may be watching.
+        write_json(path / "training_manifest.json", manifest)
     if holder is not None:
         (path / ".run.holder").write_text(holder)
-    (path / "telemetry.jsonl").write_text(telemetry)
+    write_text(path / "telemetry.jsonl", telemetry)
     return path
 
 
