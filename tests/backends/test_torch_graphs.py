@@ -4,6 +4,9 @@ import ctypes
 import itertools
 import logging
 import math
+import os
+import subprocess
+import sys
 
 import attrs
 import bitsandbytes.functional as bitsandbytes
@@ -412,6 +415,18 @@ def test_a_processor_that_has_one_looks_32_codes_up_with_one_or_two_instructions
     )
     written = machine.emit_assembly(code).split()
     assert sum(word.startswith(instruction) for word in written) in {1, 2}
+
+
+@pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}])
+def test_what_numba_is_told_to_do_without_is_not_used(told, tmp_path):
+    # LLVM would end the process.
+    code = (
+        "import torch; from mens_torch import quant; from mens_core.exchange import NF4Spec\n"
+        "stored = quant.quantize(torch.ones(2, 64), NF4Spec()); print(stored.write(torch.empty(128)).sum().item())"
+    )
+    environment = {**os.environ, **told, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert float(done.stdout) == 128
 
 
 def test_weights_brought_back_one_after_the_other_share_their_memory():

@@ -213,7 +213,7 @@ def _chosen(builder: Any, table: Any, codes: Any) -> Any:
     from llvmlite import binding, ir  # noqa: PLC0415
 
     architecture = binding.get_process_triple().split("-")[0]
-    if architecture == "x86_64" and binding.get_host_cpu_features().get("avx2"):
+    if architecture == "x86_64" and _compiles_for_this_processor() and binding.get_host_cpu_features().get("avx2"):
         twice = builder.shuffle_vector(table, table, _filled(32, [*range(16)] * 2))
         return _instruction(builder, "llvm.x86.avx2.pshuf.b", twice, codes)
     if architecture in {"aarch64", "arm64"}:
@@ -225,6 +225,13 @@ def _chosen(builder: Any, table: Any, codes: Any) -> Any:
         byte = builder.extract_element(table, builder.extract_element(codes, lane))
         chosen = builder.insert_element(chosen, byte, lane)
     return chosen
+
+
+def _compiles_for_this_processor() -> bool:
+    """Whether numba was not told to do without instructions that are here: LLVM ends the process at one it lacks."""
+    from numba.core import config  # noqa: PLC0415
+
+    return config.CPU_NAME is None and config.CPU_FEATURES is None and bool(config.ENABLE_AVX)
 
 
 def _instruction(builder: Any, name: str, table: Any, codes: Any) -> Any:
