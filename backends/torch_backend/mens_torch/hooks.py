@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -88,6 +89,8 @@ def mens_merge(
     weight: NDArray[np.float32], lora_a: NDArray[np.float32], lora_b: NDArray[np.float32], scale: float
 ) -> NDArray[np.float32]:
     """See ``mens_core.hookspecs.mens_merge``."""
-    # Shared, not copied, unless it is read-only, which torch does not know.
-    base, a, b = (torch.from_numpy(np.require(array, requirements="W")) for array in (weight, lora_a, lora_b))
+    with warnings.catch_warnings():
+        # Of arrays that are read-only, which torch has no notion of; a merge writes into none of them.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        base, a, b = (torch.from_numpy(array) for array in (weight, lora_a, lora_b))
     return lora.merge(base, a, b, scale).numpy()
