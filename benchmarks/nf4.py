@@ -147,11 +147,11 @@ def _step(arguments: argparse.Namespace) -> None:
     import training_step  # noqa: PLC0415 (it sets its threads while it is imported)
 
     with tempfile.TemporaryDirectory() as folder:
-        model = training_step._write_model(Path(folder) / "model", layers=4)  # noqa: SLF001 (a script's own parts)
-        rows = training_step._rows(50257)  # noqa: SLF001
+        model = training_step.write_model(Path(folder) / "model", "gpt2", layers=4)
+        rows = training_step.token_rows(model, "real")
         for backend in ("torch", "jax"):
             steps = {
-                method: training_step._our_step(model, rows, f"{backend}_{method}", "float32")  # noqa: SLF001
+                method: training_step.our_step(model, rows, f"{backend}_{method}", "float32")
                 for method in ("lora", "qlora")
             }
             spent = _turns(dict(steps), arguments.step_rounds, time.process_time)

@@ -17,8 +17,9 @@ from torch import Tensor as Array
 
 __all__ = ["supervised_loss"]
 
-# Rows of logits that go through the softmax together on a CPU: the passes over them then stay in its cache.
-_ROWS_IN_CACHE = 16
+# Logits that go through the softmax together on a CPU, two mebibytes of float32: the passes over them then stay in a
+# core's own cache. Sixteen rows of a vocabulary of 152,000 took the head 1.33 of its two products' time, these 1.15.
+_IN_CACHE = 1 << 19
 
 
 def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256) -> Array:
@@ -47,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             chosen = targets[start : start + chunk, None]
             scores = torch.mm(hidden[start : start + chunk], head.t(), out=buffer[: len(chosen)])
-            rows = _ROWS_IN_CACHE if scores.device.type == "cpu" else chunk
+            rows = max(1, _IN_CACHE // len(head)) if scores.device.type == "cpu" else chunk
             for z, y in zip(torch.split(scores, rows), torch.split(chosen, rows), strict=True):
                 total += _turn_into_slopes(z, y)
             if gradient is not None:

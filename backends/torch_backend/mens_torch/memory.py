@@ -33,8 +33,8 @@ _MIB = 1 << 20
 _FRAMEWORK = {"lora": 400 * _MIB, "qlora": 540 * _MIB}
 # A CUDA context with cuBLAS' workspace, as NVIDIA's tools commonly show it; not measured here.
 _CUDA_FRAMEWORK = 600 * _MIB
-# The chunk of ``loss.supervised_loss`` and the rows of it that pass the softmax together on a CPU.
-_CHUNK, _ROWS_IN_CACHE = 256, 16
+# The chunk of ``loss.supervised_loss`` and the logits of it that pass the softmax together on a CPU.
+_CHUNK, _IN_CACHE = 256, 1 << 19
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
 _HOLES, _SHORT_LIVED = {True: 0.10, False: 0.33}, {True: 3, False: 6}
 _SCRATCH = 16 * _MIB
@@ -67,7 +67,7 @@ def memory_parts(
     if contract.adapter.dropout:
         short += _MASKED * tokens * layout.intermediate_size * width
     chunk = min(_CHUNK, workload.shape.supervised)
-    softmax = min(_ROWS_IN_CACHE, chunk) if on_cpu else chunk
+    softmax = min(max(1, _IN_CACHE // layout.vocab_size), chunk) if on_cpu else chunk
     parts = {
         "framework": _FRAMEWORK[contract.adapter.method] if on_cpu else _CUDA_FRAMEWORK,
         **standing_memory(weights, contract, dtype),
