@@ -137,7 +137,7 @@ def test_the_torch_backend_counts_the_chunk_that_its_loss_uses():
     from mens_torch import loss, memory
 
     assert inspect.signature(loss.supervised_loss).parameters["chunk"].default == memory._CHUNK
-    assert loss._ROWS_IN_CACHE == memory._ROWS_IN_CACHE
+    assert loss._IN_CACHE == memory._IN_CACHE
 
 
 @pytest.mark.parametrize("part", ["tokens", "supervised", "longest_row"])

@@ -43,14 +43,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # One buffer for all chunks: a fresh one would cost more than what is written into it.
+        rows = max(1, _IN_CACHE // len(head)) if hidden.device.type == "cpu" else chunk
+        # One buffer for all chunks, and one for their softmax: fresh ones would cost more than what is written into them.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
+        room = buffer if buffer.dtype == torch.float32 else buffer[:rows].to(torch.float32)
         for start in range(0, hidden.shape[0], chunk):
             chosen = targets[start : start + chunk, None]
             scores = torch.mm(hidden[start : start + chunk], head.t(), out=buffer[: len(chosen)])
-            rows = max(1, _IN_CACHE // len(head)) if scores.device.type == "cpu" else chunk
             for z, y in zip(torch.split(scores, rows), torch.split(chosen, rows), strict=True):
-                total += _turn_into_slopes(z, y)
+                total += _turn_into_slopes(z, y, room)
             if gradient is not None:
                 torch.mm(scores, head, out=gradient[start : start + chunk])
         ctx.gradient = gradient
@@ -61,9 +62,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grads[0].to(ctx.gradient.dtype) * ctx.gradient, None, None, None
 
 
-def _turn_into_slopes(scores: Array, chosen: Array) -> Array:
-    """Overwrite logits (n, V) with softmax - onehot; returns the sum of their cross-entropies at ``chosen`` (n, 1)."""
-    powers = scores.float()  # a copy, except of float32
+def _turn_into_slopes(scores: Array, chosen: Array, room: Array) -> Array:
+    """Overwrite logits (n, V) with softmax - onehot; returns the sum of their cross-entropies at ``chosen`` (n, 1).
+
+    Float32 logits are worked on where they are, others in ``room``, float32.
+    """
+    powers = scores if scores.dtype == torch.float32 else room[: len(scores)].copy_(scores)
     top, own = powers.amax(dim=-1, keepdim=True), powers.gather(1, chosen)
     mass = powers.sub_(top).exp_().sum(dim=-1, keepdim=True)
     scores.copy_(powers.div_(mass)).scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0))
