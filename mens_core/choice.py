@@ -237,12 +237,10 @@ def _changed_offer(question: Question, backend: Backend, fields: Mapping[str, ob
 def _changes(contract: FineTuneContract, backend: str) -> dict[str, dict[str, object]]:
     """Flags that save memory, the least intrusive first → the fields they set."""
     training, length = contract.training, contract.data.seq_len
-    changes: dict[str, dict[str, object]] = {}
-    for parts in (2, 4, training.batch_size):
-        # The same rows a step, in smaller batches.
-        if training.batch_size % parts == 0 and parts > 1:
-            batch, accum = training.batch_size // parts, training.grad_accum * parts
-            changes[f"--batch-size {batch} --grad-accum {accum}"] = {"batch_size": batch, "grad_accum": accum}
+    changes = _smaller_batches(contract, 2)
+    if not training.gradient_checkpointing:
+        changes["--gradient-checkpointing"] = {"gradient_checkpointing": True}
+    changes |= _smaller_batches(contract, 4, training.batch_size)
     if contract.adapter.method == "lora":
         changes[f"--backend {backend}_qlora"] = {"method": "qlora", "kernel": None, "base_quant": "auto"}
     if contract.compute.dtype != "bfloat16":
@@ -254,3 +252,16 @@ def _changes(contract: FineTuneContract, backend: str) -> dict[str, dict[str, ob
             truncated = {"seq_len": shorter, "on_overlong": "truncate"}
             changes[f"--seq-len {shorter} --on-overlong truncate"] = truncated
     return changes
+
+
+def _smaller_batches(contract: FineTuneContract, *ways: int) -> dict[str, dict[str, object]]:
+    """The same rows a step, a batch of them split into so many: flags → the fields they set."""
+    size, accum = contract.training.batch_size, contract.training.grad_accum
+    return {
+        f"--batch-size {size // parts} --grad-accum {accum * parts}": {
+            "batch_size": size // parts,
+            "grad_accum": accum * parts,
+        }
+        for parts in ways
+        if parts > 1 and size % parts == 0
+    }

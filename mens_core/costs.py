@@ -6,8 +6,8 @@ Counts are of work, not of time: a kernel's ``Speed`` says how long a unit of ea
 count two FLOPs for a multiplication and an addition. A frozen linear has two products, x Wᵀ and dy W, where a trained
 one has three (Kaplan et al. 2020, section 2.1, counts 2 and 4 FLOPs a weight and token); an adapter has six thin
 ones (Hu et al. 2021, section 4.1); attention has two forward and five backward (Dao 2023, FlashAttention-2,
-section 3.1.2). Letters: T tokens, S supervised tokens, V vocabulary, D width, F feed-forward width, H query and
-K key/value heads of width E, R rank.
+section 3.1.2). With gradient checkpointing the layers run forward once more. Letters: T tokens, S supervised tokens,
+V vocabulary, D width, F feed-forward width, H query and K key/value heads of width E, R rank.
 """
 
 from __future__ import annotations
@@ -124,14 +124,18 @@ def step_costs(
     linear = sum(out * into for out, into in weights.linears.values())
     head = layout.vocab_size * layout.hidden_size
     adapted = adapter_parameters(weights, adapter)
+    # Forward passes through the layers beside the first.
+    more = 1.0 if contract.training.gradient_checkpointing else 0.0
+    heads = layout.num_heads * layout.head_dim
     return {
-        "products": 4.0 * (tokens * linear + supervised * head),
-        "adapter": 6.0 * tokens * adapted,
-        "attention": 14.0 * workload.pairs * layout.num_layers * layout.num_heads * layout.head_dim,
-        "elementwise": tokens * _elementwise(layout),
+        "products": (4.0 + 2.0 * more) * tokens * linear + 4.0 * supervised * head,
+        "adapter": (6.0 + 2.0 * more) * tokens * adapted,
+        "attention": (14.0 + 4.0 * more) * workload.pairs * layout.num_layers * heads,
+        # Forward and backward share these about equally.
+        "elementwise": (1.0 + 0.5 * more) * tokens * _elementwise(layout),
         "logits": supervised * layout.vocab_size,
-        "weights": 2.0 * workload.batches * (linear + head),
-        "layers": workload.batches * layout.num_layers,
+        "weights": workload.batches * (2.0 * (linear + head) + more * linear),
+        "layers": (1.0 + 0.5 * more) * workload.batches * layout.num_layers,
         "updates": float(adapted),
     }
 

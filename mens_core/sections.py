@@ -226,6 +226,13 @@ class TrainingSpec:
         evidence="best-fit packing truncates nothing (Ding et al. 2024, arXiv:2404.10830)",
     )
     grad_accum: int = fields.integer(4, "Forward passes that share one optimizer step.", low=1, unit="batches")
+    gradient_checkpointing: bool = fields.switch(
+        False,
+        "Keep only what goes into each layer for the backward pass, and compute the layer again: less memory, and at "
+        "most a forward pass more of time. Without it torch keeps what every layer makes, and JAX keeps its products "
+        "unless they take more than 1 GiB and more than the base.",
+        evidence="Chen et al. 2016, arXiv:1604.06174; gradients are the same",
+    )
     learning_rate: float = fields.number(
         2e-4,
         "Peak learning rate.",

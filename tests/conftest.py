@@ -34,6 +34,8 @@ settings.load_profile("shared")
 
 # A run on JAX compiles for half a minute. Every method and family is met without these, and all pairs by the gate.
 LONG_RUNS = {("jax", "lora", "llama"), ("jax", "lora", "qwen2"), ("jax", "qlora", "gpt2"), ("jax", "qlora", "qwen3")}
+# Two steps that JAX compiles for each.
+LONG_COMPILATIONS = {("jax", "gpt2"), ("jax", "qwen3")}
 
 
 def pytest_collection_modifyitems(items):
@@ -41,7 +43,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         asked = item.callspec.params if hasattr(item, "callspec") else {}
         kernel = tuple(map(asked.get, ("backend", "method", "family")))
-        if item.path.name == "test_training.py" and kernel in LONG_RUNS:
+        runs = item.path.name == "test_training.py" and kernel in LONG_RUNS
+        compiles = item.path.name == "test_checkpointing.py" and (kernel[0], kernel[2]) in LONG_COMPILATIONS
+        if runs or compiles:
             item.add_marker(pytest.mark.long)
 
 

@@ -11,6 +11,7 @@ import folders
 import pytest
 
 from mens_core import Planner
+from mens_core.choice import _changes
 from mens_core.contract import FineTuneContract
 from mens_core.costs import COSTS
 from mens_core.errors import ContractError, DataError, GateError, ModelError, UnknownBackendError
@@ -19,6 +20,7 @@ from mens_core.hf.keymap import tensor_shapes
 from mens_core.hf.layout import read_layout
 from mens_core.machine import this_machine
 from mens_core.plan import Speed
+from mens_core.random_model import Size, write_random_weights
 from mens_core.speeds import store_speed
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -334,11 +336,38 @@ def test_a_run_that_does_not_fit_the_memory_is_refused_with_changes_that_make_it
     # None of them only adds to another one.
     assert not any(set(one.split()[:-1]) < set(other.split()[:-1]) for one in ways for other in ways)
     for way in ways:
-        flags = way.partition("  (")[0].split()
-        names = [flag.removeprefix("--").replace("-", "_") for flag in flags[::2]]
-        values = [int(value) if value.isdigit() else value for value in flags[1::2]]
-        changed = {"backend": "torch_lora", **fields, **dict(zip(names, values, strict=True))}
+        changed = {"backend": "torch_lora", **fields, **_fields_of(way.partition("  (")[0])}
         assert _peak(Planner().plan(**changed, max_memory=limit)) <= limit
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_deep_model_that_does_not_fit_is_offered_layers_that_are_computed_again(corpus_dir, tmp_path, backend):
+    size = Size(width=128, layers=16, heads=4, kv_heads=4, head_dim=32, inner=512, positions=512)
+    (tmp_path / "deep").mkdir()
+    write_random_weights(tmp_path / "deep", arch="gpt2", size=size, vocab_size=300)
+    fields = {"model": str(tmp_path / "deep"), "tokenizer": "lab", "seq_len": 512, "batch_size": 16, "grad_accum": 1}
+    fields |= {"data_dir": corpus_dir, "output_dir": tmp_path / "run", "backend": f"{backend}_lora", "device": "cpu"}
+    plans = [Planner().plan(**fields, gradient_checkpointing=again) for again in (False, True)]
+    assert plans[0].offer.seconds_per_step < plans[1].offer.seconds_per_step
+    with pytest.raises(GateError) as caught:
+        Planner().plan(**fields, max_memory=_peak(plans[1]))
+    ways = [line.strip() for line in str(caught.value).splitlines() if line.strip().startswith("--")]
+    assert any(way.startswith("--gradient-checkpointing  (") for way in ways)
+
+
+def test_what_a_run_asks_for_already_is_not_offered_to_it():
+    offered = [
+        _changes(FineTuneContract.from_fields(trains=False, gradient_checkpointing=again), "torch")
+        for again in (False, True)
+    ]
+    assert [flags for flags in offered[0] if flags not in offered[1]] == ["--gradient-checkpointing"]
+
+
+def _fields_of(flags):
+    """Flags of the command line → fields; one without a value is a switch."""
+    given = [flag.split() for flag in flags.split("--") if flag]
+    values = {name.replace("-", "_"): value[0] if value else True for name, *value in given}
+    return {name: int(value) if str(value).isdigit() else value for name, value in values.items()}
 
 
 def test_a_limit_that_nothing_meets_says_so(fields):

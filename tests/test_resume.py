@@ -254,7 +254,13 @@ def test_other_rows_base_or_tokenizer_are_refused_by_name(stopped, what, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_size": 4, "grad_accum": 1}, {"eval_every": 4}, {"adapter_tag": "mine", "min_rows": 2}]
+    "change",
+    [
+        {"batch_size": 4, "grad_accum": 1},
+        {"eval_every": 4},
+        {"gradient_checkpointing": True},
+        {"adapter_tag": "mine", "min_rows": 2},
+    ],
 )
 def test_what_leaves_the_steps_the_same_is_allowed_by_name_alone(stopped, undisturbed, change):
     with pytest.raises(ResumeError, match=r"--resume-anyway") as caught:

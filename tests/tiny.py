@@ -4,9 +4,14 @@ The weights are drawn so that logits reach about 10, as a trained model's do: on
 is small, and a tolerance would prove nothing.
 """
 
+import math
+
 import torch
 import transformers
 
+from mens_core.artifacts.tensors import open_tensors
+from mens_core.hf.keymap import linear_shapes
+from mens_core.hf.layout import read_layout
 from mens_core.plan import BaseWeights
 from mens_core.testing.tiny import (
     MACHINE,
@@ -33,6 +38,7 @@ __all__ = [
     "plan_for",
     "random_adapter",
     "rows_of",
+    "weights_of",
     "with_tokens",
     "write_model",
 ]
@@ -82,6 +88,16 @@ CONFIGS = {
     "qwen3": _COMMON
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20, "tie_word_embeddings": True},
 }
+
+
+def weights_of(folder):
+    """What a backend is told of a folder's weights."""
+    headers = open_tensors(folder).headers
+    return BaseWeights(
+        parameters=sum(math.prod(info.shape) for info in headers.values()),
+        stored_bytes=sum(info.stop - info.start for info in headers.values()),
+        linears=linear_shapes(read_layout(folder)),
+    )
 
 
 def write_model(folder, model_type, config, seed=0):

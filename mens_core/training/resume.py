@@ -43,6 +43,7 @@ _HARMLESS = {
     "early_stopping_patience",
     "early_stopping_min_delta",
     "on_non_finite",
+    "gradient_checkpointing",
 }
 # Of these the contract may say auto, or nothing; what counts is what the plan came to.
 _DECIDED = {"backend", "device", "dtype", "tokenizer", "base_quant", "warmup_steps"}

@@ -1,20 +1,17 @@
 """What an offer says of memory and time, held against sessions that are really open."""
 
 import inspect
-import math
 
 import attrs
 import numpy as np
 import pytest
 import tiny
 
-from mens_core.artifacts.tensors import open_tensors
 from mens_core.contract import FineTuneContract
 from mens_core.costs import COSTS
 from mens_core.exchange import BatchShape
-from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import read_layout
-from mens_core.plan import MEMORY_PARTS, BaseWeights, Speed, Workload
+from mens_core.plan import MEMORY_PARTS, Speed, Workload
 
 WORK = Workload(
     shape=BatchShape(rows=2, tokens=512, longest_row=256, supervised=160, batches=1),
@@ -29,15 +26,6 @@ WORK = Workload(
 )
 
 
-def _weights(folder):
-    headers = open_tensors(folder).headers
-    return BaseWeights(
-        parameters=sum(math.prod(info.shape) for info in headers.values()),
-        stored_bytes=sum(info.stop - info.start for info in headers.values()),
-        linears=linear_shapes(read_layout(folder)),
-    )
-
-
 @pytest.fixture
 def offer_of(backend, folders):
     """The backend's offer for a family."""
@@ -46,7 +34,7 @@ def offer_of(backend, folders):
         contract = FineTuneContract.from_fields(
             trains=False, model=str(folders[family]), **{"device": "cpu", "rank": 4} | fields
         )
-        return backend.plan(contract, read_layout(folders[family]), machine, _weights(folders[family]), work)
+        return backend.plan(contract, read_layout(folders[family]), machine, tiny.weights_of(folders[family]), work)
 
     return offer
 
@@ -126,7 +114,7 @@ def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, fam
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             total = _loss_sum(session, batch)
-        said = 48 * _kept(plan.contract, plan.layout, _weights(folders[family]), "float32")
+        said = 48 * _kept(plan.contract, plan.layout, tiny.weights_of(folders[family]), "float32")
         # Besides: a few numbers a row of each norm and attention, the rotary tables, the last norm and the loss.
         beside = 4 * 48 * (plan.layout.num_layers * 8 * plan.layout.num_heads + 4 * plan.layout.hidden_size)
         assert float(total.detach()) > 0
@@ -153,6 +141,37 @@ def test_dropout_is_offered_at_more_memory_for_what_a_layer_makes_and_none_that_
     without, dropping = (offer_of(family, dropout=p).memory for p in (0.0, 0.1))
     assert dropping["activations"] >= without["activations"]
     assert {**dropping, "activations": 0, "loading": 0} == {**without, "activations": 0, "loading": 0}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_layers_that_are_computed_again_are_offered_at_less_memory_and_more_time(offer_of, family, method):
+    kept, again = (offer_of(family, method=method, gradient_checkpointing=again) for again in (False, True))
+    assert again.memory["activations"] <= kept.memory["activations"]
+    assert {**again.memory, "activations": 0, "loading": 0} == {**kept.memory, "activations": 0, "loading": 0}
+    # A forward pass is less than half of a step.
+    assert kept.seconds_per_step < again.seconds_per_step < 1.5 * kept.seconds_per_step
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_a_deep_model_s_layers_computed_again_take_less(part, folders, family, device):
+    layout, weights = read_layout(folders[family]), tiny.weights_of(folders[family])
+    # six times the two layers, and of each linear as many
+    deep = attrs.evolve(layout, num_layers=6 * layout.num_layers)
+    linears = {f"{turn}{path}": shape for turn in range(6) for path, shape in weights.linears.items()}
+    work = attrs.evolve(WORK, shape=attrs.evolve(WORK.shape, tokens=1 << 13))
+    kept, again = (
+        part("memory").memory_parts(
+            FineTuneContract.from_fields(trains=False, gradient_checkpointing=again, rank=4),
+            deep,
+            attrs.evolve(weights, linears=linears),
+            work,
+            device,
+            "float32",
+        )
+        for again in (False, True)
+    )
+    assert again["activations"] < 0.75 * kept["activations"]
+    assert {**again, "activations": 0, "loading": 0} == {**kept, "activations": 0, "loading": 0}
 
 
 def test_qlora_is_offered_at_less_base_than_lora(offer_of, family):
@@ -189,7 +208,7 @@ def test_every_device_and_format_has_a_table_and_memory(part, folders, backend, 
     assert set(speed.seconds) == set(COSTS)
     contract = FineTuneContract.from_fields(trains=False, model=str(folders["qwen3"]), method=method)
     parts = memory.memory_parts(
-        contract, read_layout(folders["qwen3"]), _weights(folders["qwen3"]), WORK, device, dtype
+        contract, read_layout(folders["qwen3"]), tiny.weights_of(folders["qwen3"]), WORK, device, dtype
     )
     assert set(parts) <= set(MEMORY_PARTS)
     assert all(isinstance(size, int) and size >= 0 for size in parts.values())

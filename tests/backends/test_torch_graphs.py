@@ -120,6 +120,19 @@ def test_a_step_is_that_of_plain_autograd(backend, graph, batch):
     assert backend.loss(session, batch)[0] == pytest.approx(expected, rel=tolerances.LOSS)
 
 
+def test_layers_that_are_computed_again_change_no_bit(backend, graph, batch):
+    _, folder, session = graph
+    start, found = backend.state(session), []
+    adapter = tiny.random_adapter(start.adapter)
+    for again in (False, True):
+        plan = tiny.plan_for(backend, folder, gradient_checkpointing=again, dropout=0.3)
+        dropping = backend.restore(backend.open(plan, tiny.SHAPE), type(start)(adapter=adapter, optimizer={}, step=0))
+        metrics = backend.step(dropping, [batch], 0.0)
+        moments = backend.state(dropping).optimizer
+        found.append((float(metrics.loss_sum), {name: array.tobytes() for name, array in moments.items()}))
+    assert found[0] == found[1]
+
+
 class _Adapted(torch.nn.Module):
     """LoRA in the fewest words."""
 

@@ -51,6 +51,7 @@ OTHER = {
     "max_steps": 5,
     "batch_size": 1,
     "grad_accum": 1,
+    "gradient_checkpointing": True,
     "learning_rate": 1e-3,
     "schedule": "linear",
     "warmup_steps": 7,

@@ -96,6 +96,19 @@ def test_attention_has_two_products_forward_and_five_backward():
     assert step_costs(LAYOUT, WEIGHTS, _contract(), WORK)["attention"] == 7 * 2 * _flops(20, 2, 1) * 2
 
 
+def test_layers_that_are_computed_again_run_forward_once_more_and_nothing_else_does():
+    contract = _contract(gradient_checkpointing=True)
+    once, again = (step_costs(LAYOUT, WEIGHTS, chosen, WORK) for chosen in (_contract(), contract))
+    layers = once["products"] - 2 * _flops(3, 4, 10)
+    # of two products with a frozen linear one is forward, of six with an adapter two, of attention's seven two
+    assert again["products"] == once["products"] + layers / 2
+    assert again["adapter"] == pytest.approx(once["adapter"] * 4 / 3)
+    assert again["attention"] == pytest.approx(once["attention"] * 9 / 7)
+    assert once["weights"] < again["weights"] < 1.5 * once["weights"]
+    assert all(again[name] == 1.5 * once[name] for name in ("elementwise", "layers"))
+    assert all(again[name] == once[name] for name in ("logits", "updates"))
+
+
 @pytest.mark.parametrize("part", ["tokens", "supervised", "pairs", "batches"])
 @given(more=st.integers(1, 1000))
 def test_more_of_any_part_of_the_work_costs_more(part, more):

@@ -198,7 +198,12 @@ class LlamaDecoder(nnx.Module):
 
 
 def scan_blocks(
-    blocks: nnx.Module, hidden: Array, run: Callable[[Any, Array, Any], tuple[Array, Any]], along: Any = None
+    blocks: nnx.Module,
+    hidden: Array,
+    run: Callable[[Any, Array, Any], tuple[Array, Any]],
+    along: Any = None,
+    *,
+    checkpointed: bool = False,
 ) -> tuple[Array, Any]:
     """Pass hidden states through stacked blocks, one layer at a time, compiled once for all of them.
 
@@ -210,6 +215,7 @@ def scan_blocks(
         hidden: (T, D).
         run: (block of one layer, hidden, that layer's part of ``along``) to (hidden, result of the layer).
         along: arrays with the layers in front.
+        checkpointed: whether no product is kept, room or not.
 
     Returns:
         (hidden, the layers' results stacked).
@@ -219,7 +225,8 @@ def scan_blocks(
     def layer(hidden: Array, parts: tuple[Any, Any]) -> tuple[Array, Any]:
         return run(nnx.merge(graph, parts[0]), hidden, parts[1])
 
-    keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if _has_room(blocks, hidden) else []))
+    kept = [KEPT] if not checkpointed and _has_room(blocks, hidden) else []
+    keep = jax.checkpoint_policies.save_only_these_names(*kept)
     # Inside a scan XLA cannot merge the two computations, so the guard against it would only cost.
     return lax.scan(jax.checkpoint(layer, prevent_cse=False, policy=keep), hidden, (weights, along))
 

@@ -1,9 +1,9 @@
 """How much memory a run takes, part by part, from the model's numbers and its largest batch; needs no JAX.
 
 Batches are filled up to one of a few sizes (``_sizes``), so the largest of these decides. The scan over the layers
-keeps what goes into each layer and, where there is room, every product (``_blocks.scan_blocks``); the rest of a layer
-is computed again. Against XLA's own account of the compiled step (``memory_analysis``) this is right to a few per cent
-in models of 30 to 130 million parameters.
+keeps what goes into each layer and, where there is room and gradient checkpointing does not forbid it, every product
+(``_blocks.scan_blocks``); the rest of a layer is computed again. Against XLA's own account of the compiled step
+(``memory_analysis``) this is right to a few per cent in models of 30 to 130 million parameters.
 
 On a CPU the demand is that of the whole process, the compiler's included. XLA there has no products in bfloat16: it
 computes them in float32 and holds a float32 copy of the weights while it does.
@@ -58,7 +58,8 @@ def memory_parts(
     if contract.adapter.dropout:
         layer += _MASKED * width * size.tokens * layout.intermediate_size
     blocks = held.get("quantised_base", _width(dtype) * linear)
-    activations = width * _kept(layout, weights, size.tokens, blocks, dtype) + max(0, layer - logits)
+    again = contract.training.gradient_checkpointing or not _room(weights, size.tokens, blocks, dtype)
+    activations = width * _kept(layout, weights, size.tokens, again=again) + max(0, layer - logits)
     if on_cpu and dtype == "bfloat16":
         dense = linear if contract.adapter.method == "lora" else 0
         activations += 4 * (dense + layout.vocab_size * layout.hidden_size)
@@ -72,19 +73,29 @@ def memory_parts(
     return parts | {"loading": loading, "rows": rows_memory(workload) if on_cpu else 0}
 
 
-def _kept(layout: Layout, weights: BaseWeights, tokens: int, blocks: int, dtype: str) -> int:
-    """Numbers that wait for the backward pass: what goes into each layer, and its products where there is room.
+def _room(weights: BaseWeights, tokens: int, blocks: int, dtype: str) -> bool:
+    """Whether ``_blocks.scan_blocks`` has room for the products of all layers.
+
+    Args:
+        weights: of the base.
+        tokens: of the batch, filled up.
+        blocks: bytes of the decoder's blocks.
+        dtype: of the plan.
+    """
+    return has_room(tokens * sum(out for out, _ in weights.linears.values()) * _width(dtype), blocks)
+
+
+def _kept(layout: Layout, weights: BaseWeights, tokens: int, *, again: bool) -> int:
+    """Numbers that wait for the backward pass: what goes into each layer, and its products.
 
     Args:
         layout: of the base.
         weights: of the base.
         tokens: of the batch, filled up.
-        blocks: bytes of the decoder's blocks.
-        dtype: of the plan, by which ``_blocks.scan_blocks`` reckons.
+        again: whether the products are computed again, so that only one layer's are there at a time.
     """
-    out = sum(out for out, _ in weights.linears.values())
-    products = out + layout.num_layers * layout.num_heads * layout.head_dim
-    if not has_room(tokens * out * _width(dtype), blocks):
+    products = sum(out for out, _ in weights.linears.values()) + layout.num_layers * layout.num_heads * layout.head_dim
+    if again:
         products //= layout.num_layers
     return tokens * (layout.num_layers * layout.hidden_size + products)
 

@@ -43,14 +43,20 @@ class Model(nnx.Module):
         lm_head: the output projection; None where the embedding is.
         adapted: module paths that carry an adapter, layer by layer. Where they name only some layers of a stack,
             the others carry A = B = 0, which no update ever moves.
+        checkpointed: whether of each layer only its input is kept for the backward pass.
     """
 
     def __init__(
-        self, decoder: Gpt2Decoder | LlamaDecoder, lm_head: Embedding | None, adapted: tuple[str, ...]
+        self,
+        decoder: Gpt2Decoder | LlamaDecoder,
+        lm_head: Embedding | None,
+        adapted: tuple[str, ...],
+        *,
+        checkpointed: bool,
     ) -> None:
         self.stem = "transformer" if isinstance(decoder, Gpt2Decoder) else "model"
         setattr(self, self.stem, decoder)
-        self.lm_head, self.adapted = lm_head, adapted
+        self.lm_head, self.adapted, self.checkpointed = lm_head, adapted, checkpointed
         self.dropout: Dropout | None = nnx.data(None)
 
     @property
@@ -78,7 +84,8 @@ def load_model(plan: ExecutionPlan) -> Model:
     parts = Parts(layout=plan.layout, base=load_base(plan), ranks=ranks, scale=adapter.scale)
     gpt2 = plan.layout.family == "gpt2"
     decoder = Gpt2Decoder(parts, "transformer") if gpt2 else LlamaDecoder(parts, "model")
-    return Model(decoder, None if plan.layout.tied else parts.embedding("lm_head"), adapted)
+    lm_head = None if plan.layout.tied else parts.embedding("lm_head")
+    return Model(decoder, lm_head, adapted, checkpointed=plan.contract.training.gradient_checkpointing)
 
 
 def set_dropout(model: Model, dropout: Dropout | None) -> None:
@@ -116,7 +123,7 @@ def hidden_states(model: Model, input_ids: Array, positions: Array, rows: Rows) 
     # Without dropout there is nothing to count, and the compiled function is the plain one.
     layers = None if model.dropout is None else jnp.arange(len(jax.tree.leaves(nnx.state(blocks))[0]))
     hidden, rotary = model.decoder.embed(input_ids, positions)
-    hidden, _ = scan_blocks(blocks, hidden, run, layers)
+    hidden, _ = scan_blocks(blocks, hidden, run, layers, checkpointed=model.checkpointed)
     return model.decoder.norm_out(hidden)
 
 

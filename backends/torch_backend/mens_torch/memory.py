@@ -12,9 +12,12 @@ width, H query and K key/value heads of width E, R rank::
     others     4 F                   gate, its activation, up, and their product
     adapters   R                     x Aᵀ of each adapted linear
 
+With gradient checkpointing each layer keeps its input alone, D numbers, and one layer at a time what stands above.
+
 On a CPU the demand is that of the whole process, and glibc's heap adds holes between what is kept and what is
 freed: with PyTorch 2.13 a tenth of what is kept for GPT-2 and a third for the rotary families, whose layers make many
-short-lived tensors (measured by fixing the heap's thresholds, which takes the holes away).
+short-lived tensors (measured by fixing the heap's thresholds, which takes the holes away). Where layers are computed
+again, the holes are about as large as what such a layer keeps and makes (measured).
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ _CUDA_FRAMEWORK = 600 * _MIB
 _CHUNK, _IN_CACHE = 256, 1 << 19
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
 _HOLES, _SHORT_LIVED = {True: 0.10, False: 0.33}, {True: 3, False: 6}
+# Of a layer that is computed again, as a share of what it keeps and makes.
+_HOLES_AGAIN = {True: 1.1, False: 1.35}
 _SCRATCH = 16 * _MIB
 # Of the widest input that is dropped: its mask, and what is multiplied with it. Nothing of it is kept.
 _MASKED = 2
@@ -57,13 +62,13 @@ def memory_parts(
     """
     on_cpu, tokens = device == "cpu", workload.shape.tokens
     width = 4 if dtype == "float32" else 2
-    kept = tokens * _kept(contract, layout, weights, dtype)
+    every, kept = (tokens * part(contract, layout, weights, dtype) for part in (_made, _kept))
     short = _SHORT_LIVED[layout.family == "gpt2"] * tokens * layout.intermediate_size * width
     if contract.adapter.method == "qlora":
         # The memory that every NF4 weight is brought back into (``_scratch``).
         short += width * max((out * into for out, into in weights.linears.values()), default=0)
     if on_cpu:
-        short += int(_HOLES[layout.family == "gpt2"] * kept) + _SCRATCH
+        short += _holes(contract, layout, every, kept, short) + _SCRATCH
     if contract.adapter.dropout:
         short += _MASKED * tokens * layout.intermediate_size * width
     chunk = min(_CHUNK, workload.shape.supervised)
@@ -79,7 +84,26 @@ def memory_parts(
 
 
 def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtype: str) -> int:
-    """Bytes a token that wait for the backward pass; the graph of an unknown family is taken for Llama's."""
+    """Bytes a token that wait for the backward pass."""
+    every = _made(contract, layout, weights, dtype)
+    if not contract.training.gradient_checkpointing:
+        return every
+    width = 4 if dtype == "float32" else 2
+    return layout.num_layers * width * layout.hidden_size + every // layout.num_layers
+
+
+def _holes(contract: FineTuneContract, layout: Layout, every: int, kept: int, short: int) -> int:
+    """Bytes of the heap's holes, from those that all layers make, that are kept, and that live for a short time."""
+    gpt2 = layout.family == "gpt2"
+    plain = int(_HOLES[gpt2] * every)
+    if not contract.training.gradient_checkpointing:
+        return plain
+    # In few layers there is little to save, but nothing to lose.
+    return min(int(_HOLES_AGAIN[gpt2] * (every // layout.num_layers + short)), every + plain - kept)
+
+
+def _made(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtype: str) -> int:
+    """Bytes a token of all layers' products and inputs; the graph of an unknown family is taken for Llama's."""
     width = 4 if dtype == "float32" else 2
     query, key = layout.num_heads * layout.head_dim, layout.num_kv_heads * layout.head_dim
     gpt2 = layout.family == "gpt2"

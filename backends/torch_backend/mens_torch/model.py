@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mens_core.exchange import NF4Spec
 from mens_core.plan import ExecutionPlan
+from mens_torch._checkpointing import checkpoint_layers
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch.dropout import Dropout
 from mens_torch.lora import LoraLinear, select_targets
@@ -76,7 +77,8 @@ def load_model(plan: ExecutionPlan) -> Model:
     """Load the base, put the adapter in, and find out how the model may be run.
 
     Raises:
-        ModelError: if weights are missing, left over, wrongly shaped or not finite.
+        ModelError: if weights are missing, left over, wrongly shaped or not finite, or its layers cannot be computed
+            again as ``gradient_checkpointing`` asks for.
         ContractError: if a target names no linear layer.
     """
     network = load_base(plan)
@@ -85,6 +87,8 @@ def load_model(plan: ExecutionPlan) -> Model:
     for path, module in list(network.named_modules()):
         if type(module) is NewGELUActivation:
             network.set_submodule(path, nn.GELU(approximate="tanh"))
+    if plan.contract.training.gradient_checkpointing:
+        checkpoint_layers(network)
     head = network.get_output_embeddings()
     model = Model(
         network=network,

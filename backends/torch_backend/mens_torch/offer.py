@@ -45,7 +45,7 @@ def mens_plan(
         device = pick_device(contract.compute.device, machine)
     except ContractError as error:
         return KernelOffer(kernel=kernel, feasible=False, reason=str(error))
-    reason = unsupported(layout)
+    reason = unsupported(layout) or _never_again(contract, layout)
     if reason is not None:
         return KernelOffer(kernel=kernel, feasible=False, reason=reason)
     dtype = pick_dtype(contract.compute.dtype, device)
@@ -79,6 +79,20 @@ def unsupported(layout: Layout) -> str | None:
         f"transformers knows no causal language model of model_type {layout.model_type!r}; "
         "a newer transformers may know it"
     )
+
+
+def _never_again(contract: FineTuneContract, layout: Layout) -> str | None:
+    """Why layers cannot be computed again, where that is asked for; every model type that the core knows can be."""
+    if layout.family is not None or not contract.training.gradient_checkpointing:
+        return None
+    # heavy: only a model type that the core does not know has to be looked up
+    import transformers  # noqa: PLC0415
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: PLC0415
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[layout.model_type]
+    if getattr(transformers, name).supports_gradient_checkpointing:
+        return None
+    return f"transformers cannot compute layers of its {name} again, as gradient_checkpointing asks for; leave it false"
 
 
 def _typical(kernel: str, device: str, dtype: str, machine: Machine) -> Speed:
