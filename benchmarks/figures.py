@@ -37,9 +37,7 @@ def one_core() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-def in_turns(
-    variants: Variants, rounds: int, clock: Callable[[], float] = time.process_time
-) -> dict[str, list[float]]:
+def in_turns(variants: Variants, rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
     """Seconds of each variant in each round; a round runs all of them, each time beginning with another.
 
     Every variant runs once before the rounds, uncounted.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -137,7 +136,9 @@ WORK = {
 
 def say(found: dict[str, list[dict[str, float]]], size: int) -> None:
     """Ratios by round."""
-    seconds, mib = ({name: [one[key] for one in rounds] for name, rounds in found.items()} for key in ("seconds", "mib"))
+    seconds, mib = (
+        {name: [one[key] for one in rounds] for name, rounds in found.items()} for key in ("seconds", "mib")
+    )
     for name in found:
         print(f"  {name}: {min(seconds[name]):.2f} s, {max(mib[name]):.0f} MiB above the imports")
     rounds = len(seconds["flax"])

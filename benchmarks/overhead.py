@@ -16,19 +16,20 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import training_step
-
 import figures
-
 import numpy as np
 import torch
+import training_step
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config, Trainer, TrainingArguments
 
 from mens_core.text.tokens import TokenRow
 
 STEPS, TOKENS = 50, 32
-GOALS = {"torch_lora": {"PEFT loop": "<= 0.6", "Trainer": "<= 0.33"}, "jax_lora": {"PEFT loop": "<= 0.2", "Trainer": "<= 0.1"}}
+GOALS = {
+    "torch_lora": {"PEFT loop": "<= 0.6", "Trainer": "<= 0.33"},
+    "jax_lora": {"PEFT loop": "<= 0.2", "Trainer": "<= 0.1"},
+}
 
 
 def main() -> None:

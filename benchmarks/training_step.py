@@ -161,9 +161,7 @@ def peft_step(model: Path, rows: list[TokenRow], variant: str, dtype: str, *, ch
     base = AutoModelForCausalLM.from_pretrained(model, dtype=number, quantization_config=quantised, **placed)
     gpt2 = base.config.model_type == "gpt2"
     linears = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"] if gpt2 else "all-linear"
-    wrapped = get_peft_model(
-        base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=linears, fan_in_fan_out=gpt2)
-    )
+    wrapped = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=linears, fan_in_fan_out=gpt2))
     if checkpointed:
         wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         wrapped.enable_input_require_grads()
