@@ -36,8 +36,8 @@ def main() -> None:
 
 def write(folder: Path, layers: int) -> Path:
     """A random model."""
-    import torch  # noqa: PLC0415 (only the parent writes)
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -54,7 +54,7 @@ def write(folder: Path, layers: int) -> Path:
 
 def measure(model: Path) -> float:
     """CPU seconds that the first step takes beyond the second."""
-    import training_step  # noqa: PLC0415 (it chooses its core while it is imported)
+    import training_step
 
     step = training_step.our_step(model, training_step.token_rows(model, "real"), "jax_lora", "float32")
     marks = [time.process_time()]

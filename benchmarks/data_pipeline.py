@@ -125,8 +125,8 @@ def ours(path: Path, encoder: Encoder) -> int:
 
 def peer(path: Path) -> Callable[[], list[dict[str, list[int]]]]:
     """What a datasets user writes, with a fresh tokenizer."""
-    import datasets  # noqa: PLC0415 (needed by no other part)
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+    import datasets
+    from transformers import PreTrainedTokenizerFast
 
     datasets.disable_progress_bars()
     datasets.disable_caching()
@@ -208,7 +208,7 @@ def memory(folder: Path, count: int) -> None:
     for rows in (count, 4 * count):
         write_rows(folder / "memory.jsonl", rows)
         command = [sys.executable, __file__, "--measure-memory", str(folder / "memory.jsonl")]
-        found = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 (this script)
+        found = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks.append(int(found.stdout))
     print(f"peak memory: {peaks[0]} MiB with {count} rows, {peaks[1]} MiB with {4 * count}")
 

@@ -112,7 +112,7 @@ def in_child(script: str, *words: str, environment: Mapping[str, str] | None = N
         SystemExit: if it fails.
     """
     command = [sys.executable, script, *words]
-    process = subprocess.Popen(  # noqa: S603 (a script of this folder)
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD, **(environment or {})}
     )
     lines: list[str] = []

@@ -48,7 +48,7 @@ def main() -> None:
         figures.state(14, what, spent["transformers"], spent[backend], "transformers' speed", ">= 1.0")
 
 
-def theirs(model: Path, prompt: list[int], tokens: int):  # noqa: ANN201 (a function of nothing)
+def theirs(model: Path, prompt: list[int], tokens: int):
     """As transformers' documentation generates."""
     network = AutoModelForCausalLM.from_pretrained(model).eval()
     ids = torch.tensor([prompt])
@@ -62,7 +62,7 @@ def theirs(model: Path, prompt: list[int], tokens: int):  # noqa: ANN201 (a func
     return run
 
 
-def ours(model: Path, backend_name: str, prompt: list[int], tokens: int):  # noqa: ANN201
+def ours(model: Path, backend_name: str, prompt: list[int], tokens: int):
     """The hook that generates, without an adapter's update: B is zero."""
     contract = FineTuneContract.from_fields(
         trains=False, model=str(model), tokenizer="lab", backend=f"{backend_name}_lora", dtype="float32", rank=1

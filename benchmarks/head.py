@@ -32,14 +32,14 @@ def main() -> None:
         head, hidden = torch.randn(VOCABULARY, WIDTH).mul_(0.02).to(number), torch.randn(POSITIONS, WIDTH).to(number)
         targets = torch.randint(0, VOCABULARY, (POSITIONS,))
 
-        def ours(hidden=hidden, head=head, targets=targets) -> None:  # noqa: ANN001 (bound while it loops)
+        def ours(hidden=hidden, head=head, targets=targets) -> None:
             supervised_loss(hidden.detach().requires_grad_(), head, targets).backward()
 
-        def all_logits(hidden=hidden, head=head, targets=targets) -> None:  # noqa: ANN001
+        def all_logits(hidden=hidden, head=head, targets=targets) -> None:
             inner = hidden.detach().requires_grad_()
             functional.cross_entropy((inner @ head.t()).float(), targets, reduction="sum").backward()
 
-        def products(hidden=hidden, head=head) -> None:  # noqa: ANN001
+        def products(hidden=hidden, head=head) -> None:
             _ = (hidden @ head.t()) @ head
 
         spent = figures.in_turns({"ours": ours, "all logits": all_logits, "products": products}, asked.rounds)

@@ -45,8 +45,8 @@ def main() -> None:
 
 def write(folder: Path, layers: int) -> None:
     """A random base."""
-    import torch  # noqa: PLC0415 (only the parent writes)
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -58,7 +58,7 @@ def write(folder: Path, layers: int) -> None:
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="8GB")  # noqa: SLF001
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="8GB")
 
 
 def measure(name: str, model: Path) -> dict[str, float]:
@@ -73,19 +73,19 @@ def measure(name: str, model: Path) -> dict[str, float]:
     return {"seconds": seconds, "mib": figures.resident("VmHWM") - before}
 
 
-def flax(model: Path):  # noqa: ANN201 (a function of nothing)
+def flax(model: Path):
     """As safetensors' documentation loads."""
-    import jax  # noqa: PLC0415
-    from safetensors.flax import load_file  # noqa: PLC0415
+    import jax
+    from safetensors.flax import load_file
 
     jax.numpy.zeros(1).block_until_ready()
     return lambda: jax.block_until_ready(load_file(model / "model.safetensors"))
 
 
-def bitsandbytes(model: Path):  # noqa: ANN201
+def bitsandbytes(model: Path):
     """As transformers' documentation quantises while it loads."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM  # noqa: F401, PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -98,27 +98,27 @@ def bitsandbytes(model: Path):  # noqa: ANN201
     )
 
 
-def session(model: Path, kernel: str):  # noqa: ANN201
+def session(model: Path, kernel: str):
     """As a run opens its base, with an adapter of rank 1."""
-    import numpy as np  # noqa: PLC0415
+    import numpy as np
 
-    from mens_core.contract import FineTuneContract  # noqa: PLC0415
-    from mens_core.exchange import BatchShape  # noqa: PLC0415
-    from mens_core.planner import resolve  # noqa: PLC0415
+    from mens_core.contract import FineTuneContract
+    from mens_core.exchange import BatchShape
+    from mens_core.planner import resolve
 
     contract = FineTuneContract.from_fields(
         trains=False, model=str(model), tokenizer="lab", backend=kernel, dtype="bfloat16", rank=1, device="cpu"
     )
     plan, backend = resolve(contract, trains=False)
     if kernel.startswith("jax"):
-        import jax  # noqa: PLC0415
+        import jax
 
         jax.numpy.zeros(1).block_until_ready()
     else:
-        from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401, PLC0415
+        pass
     if kernel.endswith("qlora"):
-        from mens_core import nf4  # noqa: PLC0415
-        from mens_core.exchange import NF4Spec  # noqa: PLC0415
+        from mens_core import nf4
+        from mens_core.exchange import NF4Spec
 
         # The loop that stores is kept on disk from the first time on; no user waits for it twice.
         nf4.quantize(np.ones((64, 64), np.float32), NF4Spec(), 1)

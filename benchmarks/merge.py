@@ -70,11 +70,11 @@ def main() -> None:
 
 def write(folder: Path) -> None:
     """A random base in bfloat16 and a random adapter in PEFT's format."""
-    import ml_dtypes  # noqa: PLC0415 (only the parent writes)
+    import ml_dtypes
 
-    from mens_core.artifacts.tensors import stream_tensors, write_tensors  # noqa: PLC0415
-    from mens_core.hf.keymap import linear_shapes, tensor_shapes  # noqa: PLC0415
-    from mens_core.hf.layout import read_layout  # noqa: PLC0415
+    from mens_core.artifacts.tensors import stream_tensors, write_tensors
+    from mens_core.hf.keymap import linear_shapes, tensor_shapes
+    from mens_core.hf.layout import read_layout
 
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
@@ -103,7 +103,7 @@ def write(folder: Path) -> None:
 def child(name: str, folder: Path) -> dict[str, float]:
     """One kind of work in a fresh process on one core."""
     words = [sys.executable, __file__, "--work", name, "--folder", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # noqa: S603
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -128,21 +128,21 @@ def resident(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def ours(folder: Path):  # noqa: ANN201 (a function of nothing)
+def ours(folder: Path):
     """Imports first."""
-    import mens_core  # noqa: PLC0415
-    from mens_core.plugins import load_backend  # noqa: PLC0415
+    import mens_core
+    from mens_core.plugins import load_backend
 
     load_backend("torch")
     merge = mens_core.merge
     return lambda: merge([(folder / "adapter", 1.0)], base=folder / "base", output=folder / "ours", backend="torch")
 
 
-def peft(folder: Path):  # noqa: ANN201
+def peft(folder: Path):
     """As PEFT's documentation merges."""
-    import torch  # noqa: PLC0415
-    from peft import PeftModel  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
@@ -151,7 +151,7 @@ def peft(folder: Path):  # noqa: ANN201
     return run
 
 
-def copy(folder: Path):  # noqa: ANN201
+def copy(folder: Path):
     """The floor of whoever writes as much."""
     (folder / "copy").mkdir()
     return lambda: shutil.copyfile(folder / "base" / "model.safetensors", folder / "copy" / "model.safetensors")
@@ -162,7 +162,7 @@ WORK = {"ours": ours, "peft": peft, "copy": copy}
 
 def compare(folder: Path) -> None:
     """Every tensor, bit by bit."""
-    from mens_core.artifacts.tensors import open_tensors  # noqa: PLC0415
+    from mens_core.artifacts.tensors import open_tensors
 
     expected, found = open_tensors(folder / "peft"), open_tensors(folder / "ours")
     different = [name for name in expected if (expected[name].view(np.uint16) != found[name].view(np.uint16)).any()]

@@ -56,15 +56,15 @@ def main() -> None:
 def _child(arguments: argparse.Namespace, part: str, environment: Mapping[str, str]) -> None:
     numbers = ["--rounds", str(arguments.rounds), "--step-rounds", str(arguments.step_rounds)]
     command = [sys.executable, __file__, "--part", part, *numbers]
-    subprocess.run(command, env={**os.environ, **environment}, check=True)  # noqa: S603
+    subprocess.run(command, env={**os.environ, **environment}, check=True)
 
 
 def _first(_: argparse.Namespace) -> None:
     """Seconds until the first weight is stored, of a process that has NumPy."""
-    import numpy as np  # noqa: PLC0415 (this process alone has nothing else)
+    import numpy as np
 
-    from mens_core import nf4  # noqa: PLC0415
-    from mens_core.exchange import NF4Spec  # noqa: PLC0415
+    from mens_core import nf4
+    from mens_core.exchange import NF4Spec
 
     begun = time.perf_counter()
     nf4.quantize(np.ones((64, 64), np.float32), NF4Spec(), 1)
@@ -76,11 +76,11 @@ def _bytes(arguments: argparse.Namespace) -> None:
     threads = int(os.environ["OMP_NUM_THREADS"])
     if threads == 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    import torch  # noqa: PLC0415 (after the affinity, by which its threads are counted)
-    from mens_torch import quant  # noqa: PLC0415
-    from mens_torch._bitsandbytes import library  # noqa: PLC0415
+    import torch
+    from mens_torch import quant
+    from mens_torch._bitsandbytes import library
 
-    from mens_core.exchange import NF4Spec  # noqa: PLC0415
+    from mens_core.exchange import NF4Spec
 
     torch.set_num_threads(threads)
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -144,7 +144,7 @@ def _turns(variants: Variants, rounds: int, clock: Callable[[], float]) -> dict[
 def _step(arguments: argparse.Namespace) -> None:
     """A QLoRA step over a LoRA step, on the rows and the model of ``training_step``."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    import training_step  # noqa: PLC0415 (it sets its threads while it is imported)
+    import training_step
 
     with tempfile.TemporaryDirectory() as folder:
         model = training_step.write_model(Path(folder) / "model", "gpt2", layers=4)

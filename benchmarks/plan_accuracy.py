@@ -227,7 +227,7 @@ def _process(what: str, argument: Mapping[str, Any], folder: Path) -> dict[str, 
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
     command = [sys.executable, __file__, "--one", what, json.dumps(argument)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode or not lines:
         raise SystemExit(f"{what} {argument} failed:\n{done.stderr[-2000:]}")
@@ -242,7 +242,7 @@ def _one_core() -> None:
 
 
 def _write(argument: Mapping[str, Any]) -> None:
-    from mens_core.random_model import Size, write_random_weights  # noqa: PLC0415 (a run must not carry it)
+    from mens_core.random_model import Size, write_random_weights
 
     run, folder = argument["run"], Path(argument["folder"])
     names = ("width", "layers", "heads", "kv_heads", "head_dim", "inner")
@@ -260,7 +260,7 @@ def _write(argument: Mapping[str, Any]) -> None:
 
 
 def _speed(argument: Mapping[str, Any]) -> None:
-    from mens_core.measuring import measure_speed  # noqa: PLC0415 (a run must not carry it)
+    from mens_core.measuring import measure_speed
 
     _one_core()
     begun = time.perf_counter()
@@ -271,7 +271,7 @@ def _speed(argument: Mapping[str, Any]) -> None:
 
 def _plan(argument: Mapping[str, Any]) -> None:
     """What the plan says, with the speed measured here and with the table's."""
-    from mens_core import Planner  # noqa: PLC0415 (a run must not carry it)
+    from mens_core import Planner
 
     _one_core()
     found = Planner().plan(**argument["fields"]).offer
@@ -282,8 +282,8 @@ def _plan(argument: Mapping[str, Any]) -> None:
 
 
 def _run(argument: Mapping[str, Any]) -> None:
-    from mens_core import Planner  # noqa: PLC0415 (its imports belong to this process)
-    from mens_core.training.memory import peak_memory_bytes  # noqa: PLC0415
+    from mens_core import Planner
+    from mens_core.training.memory import peak_memory_bytes
 
     _one_core()
     spent: list[float] = []

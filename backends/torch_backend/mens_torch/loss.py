@@ -44,7 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         rows = max(1, _IN_CACHE // len(head)) if hidden.device.type == "cpu" else chunk
-        # One buffer for all chunks, and one for their softmax: fresh ones would cost more than what is written into them.
+        # One buffer for all chunks, one for their softmax: fresh ones would cost more than what is written into them.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
         room = buffer if buffer.dtype == torch.float32 else buffer[:rows].to(torch.float32)
         for start in range(0, hidden.shape[0], chunk):

@@ -139,11 +139,12 @@ def _inputs(layout: Layout) -> list[tuple[tuple[str, ...], int]]:
 def _loading(contract: FineTuneContract, weights: BaseWeights, width: int, parts: dict[str, int]) -> int:
     """What the mapped files take beyond what training then holds.
 
-    A file stays mapped, and the whole of it resident, as long as one tensor is read where it lies: with qlora the
-    linears, of which only the NF4 is used, stay with the embedding. A file in another number format is let go.
+    With qlora a little of them at a time, of which only the NF4 is kept. With lora a file stays as it is read, or is
+    made into another number format and then let go.
     """
-    linear = sum(out * into for out, into in weights.linears.values())
+    if contract.adapter.method == "qlora":
+        return AT_ONCE
     if weights.stored_bytes == width * weights.parameters:
-        return width * linear if contract.adapter.method == "qlora" else 0
+        return 0
     later = sum(parts[name] for name in ("gradients", "optimizer", "activations", "logits"))
     return max(0, weights.stored_bytes - later)

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from mens_core.exchange import NF4Spec
 from mens_core.plan import ExecutionPlan
 from mens_torch._checkpointing import checkpoint_layers
+from mens_torch._pages import MappedFiles
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch.dropout import Dropout
 from mens_torch.lora import LoraLinear, select_targets
@@ -167,6 +168,7 @@ def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
     }
     chosen = set(select_targets(tuple(linears), adapter.targets))
     layers: dict[str, LoraLinear] = {}
+    files = MappedFiles(plan.model_dir)
     for path, module in linears.items():
         if path not in chosen and adapter.method == "lora":
             continue
@@ -176,6 +178,8 @@ def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
         frozen = quantize(weight, spec) if adapter.method == "qlora" else weight
         layers[path] = LoraLinear(frozen, bias, adapter.rank if path in chosen else 0, adapter.scale)
         network.set_submodule(path, layers[path])
+        if adapter.method == "qlora":
+            files.was_read(weight)
     return {path: layer for path, layer in layers.items() if path in chosen}
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from mens_core.errors import ModelError
 from mens_core.plan import ExecutionPlan
+from mens_torch._pages import MappedFiles
 
 __all__ = ["load_base"]
 
@@ -99,11 +100,11 @@ def _check(network: Any, info: Mapping[str, Any], folder: Path) -> None:
     ]
     problems += list(info["error_msgs"])
     broken = {name for name, *_ in info["mismatched_keys"]} | set(info["missing_keys"])
-    problems += [
-        f"{name} is not finite"
-        for name, tensor in network.state_dict().items()
-        if name not in broken and not _finite(tensor)
-    ]
+    files = MappedFiles(folder)
+    for name, tensor in network.state_dict().items():
+        if name not in broken and not _finite(tensor):
+            problems.append(f"{name} is not finite")
+        files.was_read(tensor)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         listing = "\n".join(f"  - {problem}" for problem in problems)
