@@ -52,7 +52,7 @@ class OpenModel:
         session = self.backend.open(self.plan, shape)
         if self.adapter is None:
             return session
-        return self.backend.restore(session, TrainingState(adapter=self.adapter.stacked()[0], optimizer={}, step=0))
+        return self.backend.restore(session, TrainingState(adapter=self.adapter.tensors(), optimizer={}, step=0))
 
     def rows(self, path: Path) -> TokenRows:
         """The rows of a file, as training would read them.
@@ -96,6 +96,4 @@ def _adapter_fields(adapter: LoraAdapter) -> dict[str, Any]:
             asked = {name: contract[name] for name in _DECIDED_BY_A_RUN}
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"the run's manifest cannot be read: {error!r}", where=record) from error
-    _, rank, scale = adapter.stacked()
-    shape = {"rank": rank, "alpha": scale * rank, "rslora": False, "targets": adapter.modules}
-    return {"model": adapter.base_model, **asked, **shape}
+    return {"model": adapter.base_model, **asked, **adapter.settings(), "targets": adapter.modules}

@@ -139,6 +139,8 @@ class KernelOffer:
             whole process). Empty if the backend does not estimate it.
         seconds_per_step: of an optimizer step once it runs evenly; None if the backend does not estimate it.
         seconds_source: where that number comes from.
+        patterns: whether layers get ranks and scales of their own where the contract has patterns of them; a run with
+            patterns is refused otherwise.
     """
 
     kernel: str
@@ -150,6 +152,7 @@ class KernelOffer:
     memory: Mapping[str, int] = attrs.field(factory=dict)
     seconds_per_step: float | None = None
     seconds_source: str = ""
+    patterns: bool = False
 
     @property
     def peak_bytes(self) -> int | None:

@@ -386,7 +386,7 @@ def test_early_stopping_ends_a_run_and_gives_the_best_adapter(early, tmp_path):
     assert results["adapter_step"] == results["best_step"] == best
     assert result.eval_loss_after == losses[best]
     kept = read_checkpoint(result.best_checkpoint).state.adapter
-    written = open_adapter(result.output_dir).stacked()[0]
+    written = open_adapter(result.output_dir).tensors()
     assert all(np.array_equal(written[name], tensor) for name, tensor in kept.items())
 
 

@@ -5,7 +5,6 @@ Source: github.com/huggingface/peft, ``utils/save_and_load.py`` for names, ``tun
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.lora import LoraAdapter, LoraPair, Targets
-from mens_core.artifacts.patterns import check_pattern
 from mens_core.artifacts.rundir import MANIFEST
 from mens_core.artifacts.tensors import read_tensors
 from mens_core.errors import ModelError
 from mens_core.exchange import NF4Spec
 from mens_core.hf.files import find_file, read_json
+from mens_core.patterns import check_pattern, number_of
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "PEFT_PREFIX", "read_peft", "read_peft_config"]
 
@@ -153,12 +152,7 @@ def _pair(module: str, halves: Mapping[str, NDArray[np.float32]], config: Mappin
 
 
 def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, is the path or its end."""
-    for key, value in (patterns or {}).items():
-        check_pattern(key)
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    return number_of([(check_pattern(key), value) for key, value in (patterns or {}).items()], module, default)
 
 
 def _targets(config: Mapping[str, Any], folder: Path) -> Targets | None:

@@ -95,7 +95,7 @@ def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     for readers, numbers in _inputs(layout):
         if layout.family is None or any(path.endswith(readers) for path in adapted):
             block += width * numbers
-    return layout.num_layers * block + width * contract.adapter.rank * len(adapted)
+    return layout.num_layers * block + width * sum(contract.adapter.rank_of(path) for path in adapted)
 
 
 def _inputs(layout: Layout) -> list[tuple[tuple[str, ...], int]]:

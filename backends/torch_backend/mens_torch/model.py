@@ -170,7 +170,8 @@ def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
         weight = weight.t() if isinstance(module, Conv1D) else weight
         bias = None if module.bias is None else module.bias.detach().to(plan.device, getattr(torch, plan.dtype))
         frozen = quantize(weight, spec) if adapter.method == "qlora" else weight
-        layers[path] = LoraLinear(frozen, bias, adapter.rank if path in chosen else 0, adapter.scale)
+        rank = adapter.rank_of(path) if path in chosen else 0
+        layers[path] = LoraLinear(frozen, bias, rank, adapter.scale_of(path))
         network.set_submodule(path, layers[path])
     return {path: layer for path, layer in layers.items() if path in chosen}
 

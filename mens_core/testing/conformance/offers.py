@@ -78,6 +78,7 @@ def _obstacle(workbench: Workbench, name: str) -> str | None:
     asked: dict[str, dict[str, Any]] = {
         "qlora": {"method": "qlora"},
         "dropout": {"dropout": 0.3},
+        "patterns": {"rank_pattern": {"a": 2}},
         "bfloat16": {"dtype": "bfloat16"},
     }
     offer = _offer(workbench, family, **asked.get(name, {}))
