@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.adapters import open_adapter
-from mens_core.artifacts.lora import Targets
+from mens_core.artifacts.lora import LoraAdapter, Targets
 from mens_core.artifacts.tensors import TensorFolder
 from mens_core.contract import FineTuneContract
+from mens_core.errors import ModelError
 from mens_core.hf.blocks import inventory_names, missing_middle_keys_report, ordered_middle_projection_keys
 from mens_core.hf.families import REGISTRY
 from mens_core.hf.fit import MISFITS, misfits
@@ -140,12 +141,13 @@ def start_fields(contract: FineTuneContract, linears: Iterable[str]) -> dict[str
     """What the contract leaves to the adapter that it goes on from: ranks and scales where it gives none, and targets.
 
     Raises:
-        ModelError: if it cannot be read, see ``open_adapter``.
+        ModelError: if it cannot be read, see ``open_adapter``, or holds tensors trained whole.
     """
     start, paths = contract.adapter.start_from, tuple(linears)
     if start is None:
         return {}
     adapter = open_adapter(start)
+    _refuse_whole(adapter)
     fields: dict[str, Any] = {}
     if not contract.origins.keys() & set(_SCALING):
         fields |= adapter.settings()
@@ -155,6 +157,20 @@ def start_fields(contract: FineTuneContract, linears: Iterable[str]) -> dict[str
         short = Targets(names=names).of(paths) == modules
         fields["targets"] = "all-linear" if modules == set(paths) else names if short else adapter.modules
     return fields
+
+
+def _refuse_whole(adapter: LoraAdapter) -> None:
+    if adapter.whole:
+        names = list(adapter.whole)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ModelError(
+            f"the adapter holds tensors trained whole beside its updates, which are used but not trained here: "
+            f"{', '.join(names[:3])}{more}",
+            where=adapter.source,
+            expected="an adapter of low-rank updates alone, without modules_to_save",
+            fix=f"python -m mens_core merge-adapter --adapter {adapter.source} --output merged, and train a new one "
+            "with --model merged; generate, chat and eval take this one as it is",
+        )
 
 
 def matching_patterns(spec: AdapterSpec, linears: Iterable[str]) -> GateVerdict:

@@ -115,6 +115,27 @@ def test_an_adapter_of_pefts_with_patterns_trains_on_as_it_is(model_dirs, corpus
         Planner().run(**fields | {"rank_pattern": {"q_proj": 2, "gate_proj": 3}}, output_dir=tmp_path / "refused")
 
 
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_with_a_head_of_its_own_is_used_but_not_trained(model_dirs, corpus_dir, tmp_path, capsys, backend):
+    base, held_out = str(model_dirs["qwen2"]), corpus_dir / "eval.jsonl"
+    adapter = peft_adapter(base, tmp_path / "adapter", target_modules=["up_proj"], modules_to_save=["lm_head"])
+    mens_core.merge([(adapter, 1.0)], base=base, output=tmp_path / "merged", backend=backend)
+    fields = {"backend": backend, "seq_len": 512}
+    used = mens_core.evaluate_model(held_out, model=base, adapter=adapter, **fields)
+    merged = mens_core.evaluate_model(held_out, model=str(tmp_path / "merged"), **fields)
+    assert used["loss"] == pytest.approx(merged["loss"], abs=1e-5)
+    assert abs(used["loss"] - mens_core.evaluate_model(held_out, model=base, **fields)["loss"]) > 0.01
+    asked = {"backend": backend, "max_new_tokens": 8}
+    answer = mens_core.generate("Write x.", model=base, adapter=adapter, **asked)
+    assert answer == mens_core.generate("Write x.", model=str(tmp_path / "merged"), **asked)
+    words = ["--data-dir", str(corpus_dir), "--output-dir", str(tmp_path / "run"), "--start-from", str(adapter)]
+    assert main(["train", "--model", base, *words]) == 2
+    told = capsys.readouterr().err
+    assert "tensors trained whole beside its updates, which are used but not trained here: lm_head.weight" in told
+    assert f"merge-adapter --adapter {adapter} --output merged" in told
+
+
 def test_eval_prints_loss_and_perplexity(run, corpus_dir, capsys):
     assert main(["eval", "--data", str(corpus_dir / "eval.jsonl"), "--adapter", str(run), "--backend", "torch"]) == 0
     assert "nats a token, perplexity" in capsys.readouterr().out

@@ -133,18 +133,7 @@ class LoraAdapter:
         return Counter((pair.rank, pair.scale) for pair in self.pairs.values()).most_common(1)[0][0]
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:
-        """The pairs under the names that a session's state has.
-
-        Raises:
-            ModelError: if the adapter is more than pairs.
-        """
-        if self.whole:
-            raise ModelError(
-                f"the adapter holds {len(self.whole)} tensors trained whole, such as {next(iter(self.whole))}",
-                where=self.source,
-                expected="low-rank updates alone",
-                fix="python -m mens_core merge-adapter makes one model of the base and the adapter",
-            )
+        """The pairs under the names that a session's state has."""
         tensors: dict[str, NDArray[np.float32]] = {}
         for module, pair in zip(self.modules, self.pairs.values(), strict=True):
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = pair.a, pair.b

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mens_core.hf.fit import HEAD
 from mens_core.hf.keymap import linear_shapes
 from mens_core.plan import ExecutionPlan
 from mens_core.sections import AdapterSpec
@@ -84,7 +85,7 @@ def load_model(plan: ExecutionPlan) -> Model:
     )
     gpt2 = plan.layout.family == "gpt2"
     decoder = Gpt2Decoder(parts, "transformer") if gpt2 else LlamaDecoder(parts, "model")
-    return Model(decoder, None if plan.layout.tied else parts.embedding("lm_head"), adapted)
+    return Model(decoder, parts.embedding("lm_head") if HEAD in parts.base else None, adapted)
 
 
 def set_dropout(model: Model, dropout: Dropout | None) -> None:

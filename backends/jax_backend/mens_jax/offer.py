@@ -58,6 +58,7 @@ def mens_plan(
         dtype=dtype,
         capacity_bytes=capacity(device, machine),
         patterns=True,
+        whole=True,
     )
     if workload is None:
         return offer

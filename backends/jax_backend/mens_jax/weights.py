@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.errors import ModelError
@@ -44,7 +45,8 @@ def load_base(plan: ExecutionPlan) -> Base:
         plan: names the folder, the method, the device and the number format.
 
     Returns:
-        Stacked name → array in the plan's format, or NF4 weight; see the picture above.
+        Stacked name → array in the plan's format, or NF4 weight; see the picture above. What the plan has whole has
+        taken its place; a head that was tied is there where it, or the embedding, is no longer the other.
 
     Raises:
         ModelError: if the folder cannot be read, or tensors are missing, left over, wrongly shaped or not finite.
@@ -62,6 +64,8 @@ def load_base(plan: ExecutionPlan) -> Base:
         stacks.setdefault(stacked_name(name)[0], []).append(name)
     with jax.default_device(device_named(plan.device)):
         base = {stacked: reader.read(names) for stacked, names in stacks.items()}
+        if plan.layout.tied and plan.whole.keys() & {HEAD, *_EMBEDDINGS}:
+            base[HEAD] = reader.head_of_its_own()
     _raise_problems(reader.problems, plan)
     return base
 
@@ -92,19 +96,29 @@ class _Reader:
         for place, name in enumerate(names):
             view = target if layer is None else target[place]
             with np.errstate(over="ignore"):
-                view[...] = self.folder[self.stored[name]]
+                view[...] = self._tensor(name)
             if not np.isfinite(view).all():
                 self.problems.append(f"{name} is not finite")
         return jax.numpy.asarray(target)
 
     def _quantize(self, name: str) -> NF4Weight:
-        weight: Any = np.asarray(self.folder[self.stored[name]], np.float32)
+        weight: Any = np.asarray(self._tensor(name), np.float32)
         if not np.isfinite(weight).all():
             self.problems.append(f"{name} is not finite")
             weight = np.zeros_like(weight)
         spec = self.plan.contract.quant
         weight = weight.T if self.plan.layout.family == "gpt2" else weight
         return quantize(weight, NF4Spec(block_size=spec.block_size, double_quant=spec.double_quant))
+
+    def head_of_its_own(self) -> Array:
+        """The head of a base that ties it to the embedding: the plan's, or what the embedding was."""
+        table = next(self.stored[name] for name in _EMBEDDINGS if name in self.stored)
+        return jax.numpy.asarray(np.asarray(self.plan.whole.get(HEAD, self.folder[table])).astype(self.dtype))
+
+    def _tensor(self, name: str) -> NDArray[Any]:
+        """What the plan has whole, or what the files have."""
+        found = self.plan.whole.get(name)
+        return self.folder[self.stored[name]] if found is None else found
 
     def _repeats_embedding(self) -> bool:
         """Whether a head that the config ties to the embedding was saved all the same."""
