@@ -22,6 +22,7 @@ def mens_plan(contract: FineTuneContract, layout: Layout, machine: Machine) -> K
         dtype="float32",
         capacity_bytes=machine.memory_bytes,
         patterns=True,
+        whole=True,
     )
 
 

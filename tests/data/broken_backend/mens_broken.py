@@ -364,6 +364,16 @@ class OneScale(OneRank):
     patterns = "alpha_pattern"
 
 
+class KeepsBase(Whole):
+    """Reads the base's tensors, whatever the plan has whole."""
+
+    name = "keeps_base"
+
+    @hookimpl
+    def mens_open(self, plan):
+        return hooks.mens_open(attrs.evolve(plan, whole={}))
+
+
 whole, wrong_shape, wrong_dtype, not_a_number = Whole(), WrongShape(), WrongDtype(), NotANumber()
 live_buffers, live_views, refreshed_copies = LiveBuffers(), LiveViews(), RefreshedCopies()
 changes_weights, changes_batches, changes_base = ChangesWeights(), ChangesBatches(), ChangesBase()
@@ -372,4 +382,4 @@ restores_half, keeps_state, joins_rows, writes_files = RestoresHalf(), KeepsStat
 changes_its_mind, broadcasts, half_gradient = ChangesItsMind(), Broadcasts(), HalfGradient()
 tells_twice = TellsTwice()
 other_epsilon, forgets_decay = OtherEpsilon(), ForgetsDecay()
-one_rank, one_scale = OneRank(), OneScale()
+one_rank, one_scale, keeps_base = OneRank(), OneScale(), KeepsBase()
