@@ -16,7 +16,7 @@ from mens_core.artifacts.adapter import V3_MANIFEST, write_adapter
 from mens_core.artifacts.adapters import open_adapter
 from mens_core.contract import FineTuneContract
 from mens_core.errors import ModelError
-from mens_core.exchange import TrainingState
+from mens_core.exchange import GenerateSettings, TrainingState
 
 BATCH = tiny.batch_of(9, 5, 12)
 WINDOW = [tiny.batch_of(9, 5, seed=1), tiny.batch_of(12, 3, 4, seed=2, supervised=0.9)]
@@ -175,3 +175,39 @@ def test_a_restored_session_goes_on_bit_for_bit(backend, adapted, session_of):
     found = backend.state(session)
     for one, other in ((found.adapter, expected.adapter), (found.optimizer, expected.optimizer)):
         assert all(np.array_equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_likeliest_tokens_of_a_session_with_patterns_are_those_of_its_logits(backend, adapted, method):
+    session, _ = adapted("qwen3", method=method, **_fields("qwen3"))
+    prompt = BATCH.input_ids[:5].tolist()
+    answer = backend.generate(session, prompt, GenerateSettings(max_new_tokens=4, stop_tokens=()))
+    ids = np.array([*prompt, *answer], np.int32)
+    rows = tiny.packed([attrs.evolve(tiny.batch_of(len(ids)), input_ids=ids)])
+    likeliest = backend.forward(session, rows).argmax(axis=1)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == answer
+
+
+def test_dropout_scales_every_layer_by_its_own(backend, adapted):
+    fields = _fields("llama")
+    session, adapter = adapted("llama", dropout=0.3, **fields)
+    found = float(backend.step(session, WINDOW, 0.0).loss_sum)
+    # Another alpha in the one layer that has its own is as another B there, under the same masks.
+    alphas = (*fields["alpha_pattern"][:1], ("layers.0.mlp.up_proj", 10.0), *fields["alpha_pattern"][2:])
+    session, _ = adapted("llama", dropout=0.3, **fields | {"alpha_pattern": alphas})
+    name = "model.layers.0.mlp.up_proj.lora_B.weight"
+    session = _with(backend, session, adapter | {name: adapter[name] / 2})
+    assert float(backend.step(session, WINDOW, 0.0).loss_sum) == pytest.approx(found, rel=tolerances.LOSS)
+    session = _with(backend, session, adapter)
+    assert float(backend.step(session, WINDOW, 0.0).loss_sum) != pytest.approx(found, rel=100 * tolerances.LOSS)
+
+
+def test_in_bfloat16_layers_keep_their_scales(backend, adapted):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        session, _ = adapted("llama", dtype=dtype, **_fields("llama"))
+        losses.append(backend.loss(session, BATCH)[0])
+    without = _fields("llama") | {"alpha_pattern": ()}
+    session, _ = adapted("llama", dtype="float32", **without)
+    assert losses[1] == pytest.approx(losses[0], rel=tolerances.BFLOAT16_LOSS)
+    assert losses[1] != pytest.approx(backend.loss(session, BATCH)[0], rel=tolerances.BFLOAT16_LOSS)
