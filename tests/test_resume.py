@@ -232,6 +232,7 @@ def test_with_no_whole_checkpoint_a_run_begins_anew(stopped, undisturbed):
         ({"batch_size": 1}, "batch_size: 2 then, 1 now"),
         ({"dtype": "bfloat16"}, "dtype: float32 then, bfloat16 now"),
         ({"method": "qlora"}, "method: lora then, qlora now"),
+        ({"rank_pattern": {"q_proj": 2, "0.self_attn.q_proj": 3}}, "nothing then, q_proj=2,0.self_attn.q_proj=3 now"),
     ],
 )
 def test_another_contract_is_refused_by_name_even_anyway_and_nothing_is_touched(stopped, change, words):
