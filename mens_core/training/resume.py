@@ -96,9 +96,7 @@ def begun_with(plan: ExecutionPlan, hashes: Mapping[str, Any], rows: Mapping[str
     return {
         "contract_digest": plan.contract_digest,
         "execution_kernel": plan.execution_kernel,
-        "fields": {
-            name: _ordered(value) for name, value in contract.as_fields().items() if name in digested - _DECIDED
-        },
+        "fields": {name: _ordered(value) for name, value in fields.items()},
         "decided": decided,
         "sha256": dict(hashes),
         "rows": dict(rows),

@@ -85,7 +85,8 @@ def load_model(plan: ExecutionPlan) -> Model:
     )
     gpt2 = plan.layout.family == "gpt2"
     decoder = Gpt2Decoder(parts, "transformer") if gpt2 else LlamaDecoder(parts, "model")
-    return Model(decoder, parts.embedding("lm_head") if HEAD in parts.base else None, adapted)
+    lm_head = parts.embedding("lm_head") if HEAD in parts.base else None
+    return Model(decoder, lm_head, adapted)
 
 
 def set_dropout(model: Model, dropout: Dropout | None) -> None:
