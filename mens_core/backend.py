@@ -86,6 +86,10 @@ class Backend:
         seconds = offer.seconds_per_step
         if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < math.inf):
             self._broken("mens_plan", f"{seconds!r} seconds a step, expected a positive number")
+        if offer.feasible and contract.adapter.has_patterns and not offer.patterns:
+            # A backend that does not know of patterns would train with other ranks and scales than asked for.
+            reason = f"{self.plugin} does not say that it gives layers ranks and scales of their own"
+            return KernelOffer(kernel=offer.kernel, feasible=False, reason=f"{reason}; leave the patterns out")
         return offer
 
     def gates(self, contract: FineTuneContract, plan: ExecutionPlan) -> tuple[GateVerdict, ...]:

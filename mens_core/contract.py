@@ -155,9 +155,12 @@ class FineTuneContract:
         flat: dict[str, Any] = {}
         for section, field in contract_fields():
             value = getattr(getattr(self, section), field.name)
-            flat[field.name] = (
-                str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            )
+            if field.metadata.get("pairs"):
+                flat[field.name] = dict(value)
+            else:
+                flat[field.name] = (
+                    str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+                )
         return flat
 
     def changed(self, source: str, **fields: Any) -> FineTuneContract:
@@ -178,7 +181,12 @@ class FineTuneContract:
             contents: name → sha256 of each input file (data, config.json, tokenizer, weight headers).
         """
         places = {field.name for _, field in contract_fields() if not field.metadata["digest"]}
-        asked = {name: value for name, value in self.as_fields().items() if name not in places}
+        # Keys are sorted below, but the order of patterns says which of them counts.
+        asked = {
+            name: [*value.items()] if isinstance(value, dict) else value
+            for name, value in self.as_fields().items()
+            if name not in places
+        }
         body = {"format": "mens.contract.v2", "fields": asked, "contents": dict(contents)}
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
@@ -256,8 +264,11 @@ def _from(source: str | None) -> str:
 
 
 def _converted(field: attrs.Attribute[Any], value: Any) -> Any:
-    """Accept the harmless spellings of a value: text for a path or a size, a list for a tuple, an int for a float."""
+    """Accept a value's harmless spellings: text for a path or a size, a list or mapping for a tuple, int for float."""
     parse = field.metadata["parse"]
+    if field.metadata.get("pairs") and isinstance(value, Mapping):
+        whole = field.metadata["kind"] is int
+        return tuple((name, float(part) if type(part) is int and not whole else part) for name, part in value.items())
     if parse is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, list) and isinstance(field.default, tuple) and all(isinstance(part, str) for part in value):

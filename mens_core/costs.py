@@ -62,8 +62,8 @@ def adapted_linears(weights: BaseWeights, adapter: AdapterSpec) -> dict[str, tup
 
 
 def adapter_parameters(weights: BaseWeights, adapter: AdapterSpec) -> int:
-    """Numbers in all A (R, in) and B (out, R)."""
-    return adapter.rank * sum(out + into for out, into in adapted_linears(weights, adapter).values())
+    """Numbers in all A (R, in) and B (out, R), each of its layer's rank."""
+    return sum(adapter.rank_of(path) * sum(shape) for path, shape in adapted_linears(weights, adapter).items())
 
 
 def nf4_bytes(numbers: int, spec: NF4Spec) -> int:

@@ -3,7 +3,8 @@
 Everything stands in the attrs metadata: ``help``, ``parse`` (text → value), ``check`` (value → what is wrong with it,
 or None), and where they apply ``unit``, ``choices``, ``aliases``, ``flag``, ``metavar``, ``evidence``, ``required``;
 ``digest`` is False for what does not change a run's result (places, limits, and what enters by its content),
-``as_text`` true for what a file or a library call may give as the text one writes on the command line.
+``as_text`` true for what a file or a library call may give as the text one writes on the command line, ``pairs`` true
+for what they give as a mapping.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import attrs
 
-from mens_core.errors import ContractError
+from mens_core.errors import ContractError, ModelError
+from mens_core.patterns import check_pattern
 
 __all__ = [
     "choice",
@@ -27,6 +29,7 @@ __all__ = [
     "number",
     "path",
     "pattern",
+    "patterns",
     "size",
     "switch",
     "text",
@@ -221,3 +224,34 @@ def names(default: tuple[str, ...], help_text: str, **extra: Any) -> Any:
         return "must be at least one name"
 
     return _field(default, help_text, parse=parse, check=check, as_text=True, **extra)
+
+
+def patterns(kind: type[int | float], help_text: str, **extra: Any) -> Any:
+    """Patterns for module paths with a number each, none by default; the first that matches counts.
+
+    A mapping in a file or a call, ``NAME=NUMBER,NAME=NUMBER`` on the command line, pairs in the contract.
+
+    Args:
+        kind: of the numbers, which are above 0.
+        help_text: for people.
+        **extra: further metadata.
+    """
+
+    def parse(text: str) -> tuple[tuple[str, int | float], ...]:
+        parts = [part.rpartition("=") for part in text.split(",") if part.strip()]
+        return tuple((name.strip(), kind(number)) for name, _, number in parts)
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+            return "must be patterns with a number each, such as q_proj=8,v_proj=4, in a file a mapping"
+        for name, number in value:
+            fits = isinstance(number, kind) and not isinstance(number, bool) and math.isfinite(number) and number > 0
+            if not (isinstance(name, str) and name and fits):
+                return f"must have a {'whole' if kind is int else 'finite'} number above 0 for each pattern"
+            try:
+                check_pattern(name)
+            except ModelError as error:
+                return f"holds {error.where!r}, where {error.what}"
+        return None
+
+    return _field((), help_text, parse=parse, check=check, pairs=True, as_text=True, kind=kind, **extra)

@@ -136,7 +136,7 @@ def refuse_failed(verdicts: tuple[GateVerdict, ...], what: str = "the plan is re
 def _edge_gates(contract: FineTuneContract) -> tuple[GateVerdict, ...]:
     if contract.output.deployment_target != "mobile_edge":
         return ()
-    seq_len, rank = contract.data.seq_len, contract.adapter.rank
+    seq_len, rank = contract.data.seq_len, contract.adapter.largest_rank
     batch, device = contract.training.batch_size, contract.compute.device
     full_stack = contract.quant.qlora_require_full_proxy_stack
     checks = (

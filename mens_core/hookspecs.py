@@ -125,7 +125,11 @@ def mens_open(plan: ExecutionPlan, shape: BatchShape) -> Any:
     """Load the base, attach an adapter, make the optimizer ready.
 
     Called once per run (and once per generation). The adapter must be the identity: the core then sets its
-    start through ``mens_restore``, so that every backend begins from the same numbers.
+    start through ``mens_restore``, so that every backend begins from the same numbers. A layer has the rank and the
+    scale that ``contract.adapter.rank_of`` and ``scale_of`` give for its path.
+
+    The tensors of ``plan.whole`` take the places of the base's, and are quantised in no case. Where the layout ties
+    the head to the embedding, either may be named, and leaves the other as it was.
 
     Args:
         plan: what will be done; ``plan.model_dir`` holds config.json and safetensors files.

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from mens_core.contract import FineTuneContract
     from mens_core.exchange import BatchShape
     from mens_core.hf.inventory import Coverage
@@ -139,6 +141,9 @@ class KernelOffer:
             whole process). Empty if the backend does not estimate it.
         seconds_per_step: of an optimizer step once it runs evenly; None if the backend does not estimate it.
         seconds_source: where that number comes from.
+        patterns: whether layers get ranks and scales of their own where the contract has patterns of them; a run with
+            patterns is refused otherwise.
+        whole: whether the tensors of a plan's ``whole`` take the base's places; such an adapter is refused otherwise.
     """
 
     kernel: str
@@ -150,6 +155,8 @@ class KernelOffer:
     memory: Mapping[str, int] = attrs.field(factory=dict)
     seconds_per_step: float | None = None
     seconds_source: str = ""
+    patterns: bool = False
+    whole: bool = False
 
     @property
     def peak_bytes(self) -> int | None:
@@ -205,6 +212,8 @@ class ExecutionPlan:
         decided: field of the contract → the value that the planner gave it, where ``auto`` or nothing was asked for.
         preflight: what must hold before training starts; a run is refused if one did not pass, a plan is not.
         warnings: what the user should know although nothing is wrong.
+        whole: name of a tensor of the base → what takes its place, of an adapter that is used and not trained. Where
+            the head is tied to the embedding, either may be named and leaves the other as it is.
     """
 
     contract: FineTuneContract
@@ -235,6 +244,7 @@ class ExecutionPlan:
     gates: tuple[GateVerdict, ...] = ()
     preflight: tuple[GateVerdict, ...] = ()
     warnings: tuple[str, ...] = ()
+    whole: Mapping[str, NDArray[Any]] = attrs.field(factory=dict, repr=False, eq=False)
 
     @property
     def offer(self) -> KernelOffer:

@@ -30,8 +30,10 @@ from mens_core.preflight import (
     existing_targets,
     finite_weights,
     fitting_tensors,
+    matching_patterns,
     readable_rows,
     rotary_pairs,
+    start_fields,
     start_fits,
     strict_proxy_stack,
 )
@@ -164,6 +166,8 @@ def decide(
     refuse_failed(asked)
     check_observers(contract.output.report_to)
     base = look_at_base(contract, weights=weights or contract.model.scan_weights)
+    if fields := start_fields(contract, base.inventory.linears):
+        contract = contract.changed(f"adapter {contract.adapter.start_from}", **fields)
     rows = look_at_rows(contract, base) if trains else None
     preflight = _preflight(contract, base, rows)
     machine = this_machine()
@@ -254,10 +258,15 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
         rotary_pairs(base.layout),
         # Of a family the core does not know, it knows the linear layers by guess only.
         *((existing_targets(contract.adapter.targets, base.inventory.linears),) if base.layout.family else ()),
+        *((matching_patterns(contract.adapter, base.inventory.linears),) if _judges_patterns(contract, base) else ()),
         *((start_fits(contract.adapter, base.inventory.linears),) if contract.adapter.start_from else ()),
         *((readable_rows(rows.sample),) if rows and contract.data.on_bad_row == "error" else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )
+
+
+def _judges_patterns(contract: FineTuneContract, base: Base) -> bool:
+    return contract.adapter.has_patterns and base.layout.family is not None
 
 
 def _start(contract: FineTuneContract) -> dict[str, str]:

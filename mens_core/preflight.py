@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.adapters import open_adapter
-from mens_core.artifacts.lora import Targets
+from mens_core.artifacts.lora import LoraAdapter, Targets
 from mens_core.artifacts.tensors import TensorFolder
+from mens_core.contract import FineTuneContract
+from mens_core.errors import ModelError
 from mens_core.hf.blocks import inventory_names, missing_middle_keys_report, ordered_middle_projection_keys
 from mens_core.hf.families import REGISTRY
 from mens_core.hf.fit import MISFITS, misfits
 from mens_core.hf.inventory import Coverage, Inventory, middle_coverage
 from mens_core.hf.layout import Layout
+from mens_core.patterns import matches
 from mens_core.plan import GateVerdict
 from mens_core.sections import AdapterSpec
 from mens_core.training.data import RowSample
@@ -30,13 +33,16 @@ __all__ = [
     "existing_targets",
     "finite_weights",
     "fitting_tensors",
+    "matching_patterns",
     "readable_rows",
     "rotary_pairs",
+    "start_fields",
     "start_fits",
     "strict_proxy_stack",
 ]
 
 _NAMES_SHOWN = 32
+_SCALING = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
 _NUMBERS_AT_A_TIME = 1 << 22
 _WRONG = {
     "missing": ("tensors_present", "every tensor that config.json asks for"),
@@ -113,20 +119,84 @@ def start_fits(spec: AdapterSpec, linears: Iterable[str]) -> GateVerdict:
     """
     assert spec.start_from is not None, "asked of a run that goes on from an adapter"
     adapter = open_adapter(spec.start_from)
-    _, rank, scale = adapter.stacked()
     asked = Targets(names="all-linear" if spec.targets == ("all-linear",) else spec.targets).of(linears)
+    pairs = dict(zip(adapter.modules, adapter.pairs.values(), strict=True))
+    ranks = {path: (pair.rank, spec.rank_of(path)) for path, pair in pairs.items()}
+    scales = {path: (pair.scale, spec.scale_of(path)) for path, pair in pairs.items()}
+    apart = {path: both for path, both in scales.items() if not math.isclose(*both, rel_tol=1e-6)}
     problems = [
-        *([f"its rank is {rank}, not {spec.rank}"] if rank != spec.rank else []),
-        *([f"its scale is {scale:g}, not {spec.scale:g}"] if not math.isclose(scale, spec.scale, rel_tol=1e-6) else []),
-        *([f"it adapts {len(adapter.modules)} layers, not {len(asked)}"] if set(adapter.modules) != asked else []),
+        *_differing("rank", {path: both for path, both in ranks.items() if both[0] != both[1]}, len(pairs)),
+        *_differing("scale", apart, len(pairs)),
+        *([f"it adapts {len(pairs)} layers, not {len(asked)}"] if set(pairs) != asked else []),
     ]
-    names = sorted({module.rpartition(".")[2] for module in adapter.modules})
     return GateVerdict(
         code="start_fits",
         passed=not problems,
         message=f"the run goes on from {spec.start_from}" + (f": {'; '.join(problems)}" if problems else ""),
-        fix=f"--rank {rank} --alpha {scale * rank:g} --targets {','.join(names)}",
+        fix=f"leave {', '.join((*_SCALING, 'targets'))} out, and the adapter's own are taken",
     )
+
+
+def start_fields(contract: FineTuneContract, linears: Iterable[str]) -> dict[str, Any]:
+    """What the contract leaves to the adapter that it goes on from: ranks and scales where it gives none, and targets.
+
+    Raises:
+        ModelError: if it cannot be read, see ``open_adapter``, or holds tensors trained whole.
+    """
+    start, paths = contract.adapter.start_from, tuple(linears)
+    if start is None:
+        return {}
+    adapter = open_adapter(start)
+    _refuse_whole(adapter)
+    fields: dict[str, Any] = {}
+    if not contract.origins.keys() & set(_SCALING):
+        fields |= adapter.settings()
+    if "targets" not in contract.origins:
+        modules = set(adapter.modules)
+        names = tuple(sorted({path.rpartition(".")[2] for path in modules}))
+        short = Targets(names=names).of(paths) == modules
+        fields["targets"] = "all-linear" if modules == set(paths) else names if short else adapter.modules
+    return fields
+
+
+def _refuse_whole(adapter: LoraAdapter) -> None:
+    if adapter.whole:
+        names = list(adapter.whole)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ModelError(
+            f"the adapter holds tensors trained whole beside its updates, which are used but not trained here: "
+            f"{', '.join(names[:3])}{more}",
+            where=adapter.source,
+            expected="an adapter of low-rank updates alone, without modules_to_save",
+            fix=f"python -m mens_core merge-adapter --adapter {adapter.source} --output merged, and train a new one "
+            "with --model merged; generate, chat and eval take this one as it is",
+        )
+
+
+def matching_patterns(spec: AdapterSpec, linears: Iterable[str]) -> GateVerdict:
+    """Whether every pattern of a rank or an alpha matches a layer that is adapted."""
+    adapted = Targets(names="all-linear" if spec.targets == ("all-linear",) else spec.targets).of(linears)
+    patterns = [pattern for pattern, _ in (*spec.rank_pattern, *spec.alpha_pattern)]
+    idle = [pattern for pattern in patterns if not any(matches(pattern, path) for path in adapted)]
+    return GateVerdict(
+        code="patterns_match",
+        passed=not idle,
+        message="every pattern of a rank or an alpha matches a layer that is adapted"
+        + (f"; {', '.join(idle)} match none" if idle else ""),
+        fix="mend or remove these in --rank-pattern and --alpha-pattern",
+    )
+
+
+def _differing(what: str, found: Mapping[str, tuple[float, float]], layers: int) -> list[str]:
+    """One sentence about the layers whose number is another than asked for; none if there is no such layer."""
+    if not found:
+        return []
+    numbers = {*found.values()}
+    if len(numbers) == 1 and len(found) == layers:
+        ours, asked = numbers.pop()
+        return [f"its {what} is {ours:g}, not {asked:g}"]
+    path, (ours, asked) = next(iter(found.items()))
+    return [f"its {what} differs in {len(found)} layers, such as {path}: {ours:g}, not {asked:g}"]
 
 
 def rotary_pairs(layout: Layout) -> GateVerdict:

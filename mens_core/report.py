@@ -71,6 +71,11 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         ("kernel", f"{plan['execution_kernel']} on {plan['device']} in {plan['dtype']}; {plan['runbook_kernel']}"),
         ("base", f"{plan['model']}: {plan['model_type']}, {plan['parameters']:,} parameters"),
         ("adapter", f"rank {contract['rank']}, alpha {contract['alpha']:g}, on {', '.join(contract['targets'])}"),
+        *(
+            (what, ", ".join(f"{name} {number:g}" for name, number in contract[field].items()))
+            for what, field in (("ranks", "rank_pattern"), ("alphas", "alpha_pattern"))
+            if contract[field]
+        ),
         ("text", f"{_CHATS[plan['chat']]}; {contract['supervise']} supervised"),
         ("rows", f"{work['rows']:,}, {batch:,.0f} tokens a batch, {share:.0%} supervised, by {work['source']}"),
         ("run", f"{work['steps']:,} steps of {work['batches']:.3g} batches, {contract['epochs']} epochs{at_most}"),

@@ -6,12 +6,12 @@ line, the configuration page and the checks are made from them. Field names are 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import attrs
 
 from mens_core import fields
+from mens_core.adapter_section import METHODS, AdapterSpec
 
 __all__ = [
     "METHODS",
@@ -25,8 +25,6 @@ __all__ = [
     "QuantSpec",
     "TrainingSpec",
 ]
-
-METHODS = ("lora", "qlora")
 
 
 @attrs.frozen(kw_only=True)
@@ -118,60 +116,6 @@ class DataSpec:
         high=1.0,
         flag="--qlora-max-skip-rate",
     )
-
-
-@attrs.frozen(kw_only=True)
-class AdapterSpec:
-    """The adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ, where drop is the identity but in training with dropout."""
-
-    method: str = fields.choice(
-        "lora",
-        METHODS,
-        "lora keeps the base in the compute type; qlora stores it in NF4 (4.127 bits a weight).",
-    )
-    rank: int = fields.integer(
-        16,
-        "Rank of the update.",
-        low=1,
-        evidence="rank is not the bottleneck at this size (Schulman et al. 2025, LoRA Without Regret)",
-    )
-    alpha: float = fields.number(
-        32.0,
-        "Numerator of the scale s = alpha / rank.",
-        low=0.0,
-        exclusive=True,
-        evidence="alpha = 2 * rank, as in PEFT's and the QLoRA authors' recipes",
-    )
-    rslora: bool = fields.switch(
-        False, "Scale by alpha / sqrt(rank) instead.", evidence="Kalajdzievski 2023, arXiv:2312.03732"
-    )
-    targets: tuple[str, ...] = fields.names(
-        ("all-linear",),
-        "Linear layers to adapt: all-linear, or a comma-separated list of module names such as q_proj,v_proj.",
-        metavar="NAMES",
-        aliases={"full_graph": "all-linear"},
-        evidence="adapting all layers matches full fine-tuning (Dettmers et al. 2023, section 4)",
-    )
-    dropout: float = fields.number(
-        0.0,
-        "Probability with which an entry of A's input is zeroed in training, the others being divided by "
-        "1 - dropout; held-out losses and answers are computed without.",
-        low=0.0,
-        below=1.0,
-        evidence="Dettmers et al. 2023, appendix B.2, use 0.1 up to 13B parameters and 0.05 above",
-    )
-    start_from: Path | None = fields.path(
-        "Adapter to go on from instead of a new one: a run's folder, or one in PEFT's format; rank, scale and targets "
-        "have to be its own. Its optimizer is not continued.",
-        metavar="DIR",
-        digest=False,
-    )
-    adapter_tag: str | None = fields.text(None, "Name for the adapter, kept in the manifest and the model card.")
-
-    @property
-    def scale(self) -> float:
-        """The factor s, dimensionless."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @attrs.frozen(kw_only=True)

@@ -157,8 +157,7 @@ def _of_run(folder: Path, manifest: Mapping[str, Any]) -> Iterator[_Claim]:
         }
 
     def scaling() -> dict[str, Any]:
-        adapter = open_adapter(folder)
-        return {"ranks": sorted({pair.rank for pair in adapter.pairs.values()}), "scales": _scales(adapter.pairs)}
+        return open_adapter(folder).settings()
 
     if "start_adapter" in manifest["sha256"]:
         start = Path(contract["start_from"])
@@ -171,12 +170,8 @@ def _of_run(folder: Path, manifest: Mapping[str, Any]) -> Iterator[_Claim]:
     if parity is not None:
         yield _Claim("run, certificate of parity", parity["sha256"], lambda: sha256_file(folder / parity["file"]))
     yield _Claim("run, kernel and digest that were checked", named, checked)
-    scale = contract["alpha"] / (contract["rank"] ** (0.5 if contract["rslora"] else 1))
-    yield _Claim("run, rank and scale of its adapter", {"ranks": [contract["rank"]], "scales": [scale]}, scaling)
-
-
-def _scales(pairs: Mapping[str, Any]) -> list[float]:
-    return sorted({pair.scale for pair in pairs.values()})
+    recorded = {name: contract.get(name, {}) for name in ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")}
+    yield _Claim("run, rank and scale of its adapter", recorded, scaling)
 
 
 def _short(value: Any) -> str:

@@ -15,8 +15,9 @@ def peft_adapter(base, folder, **settings):
     if model.config.model_type == "gpt2":
         config["fan_in_fan_out"] = True
     wrapped = get_peft_model(model, LoraConfig(**config))
-    if config.get("modules_to_save"):
-        with torch.no_grad():
-            wrapped.get_output_embeddings().weight.add_(0.125)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
     wrapped.save_pretrained(folder)
     return folder

@@ -50,7 +50,7 @@ def with_weights(model, change):
     return model
 
 
-def with_adapter(model, adapter, *, rank, alpha):
+def with_adapter(model, adapter, *, rank, alpha, **settings):
     """The model under PEFT's LoRA, with the given numbers; and the parameters by the name all backends share."""
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in adapter})
     config = LoraConfig(
@@ -59,6 +59,7 @@ def with_adapter(model, adapter, *, rank, alpha):
         lora_dropout=0.0,
         target_modules=modules,
         fan_in_fan_out=model.config.model_type == "gpt2",
+        **settings,
     )
     wrapped = get_peft_model(model, config).eval()
     parameters = {

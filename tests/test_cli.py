@@ -121,6 +121,30 @@ def test_a_preset_gives_way_to_flags(tmp_path, corpus_dir, model_dirs):
     assert (contract["rank"], contract["alpha"], contract["seq_len"]) == (2, 8.0, 256)
 
 
+def test_patterns_are_flags_and_lines_of_a_file_and_the_plan_shows_them(tmp_path, corpus_dir, model_dirs, capsys):
+    words = [
+        "plan",
+        "--data-dir",
+        str(corpus_dir),
+        "--model",
+        str(model_dirs["gpt2"]),
+        "--output-dir",
+        str(tmp_path / "r"),
+    ]
+    assert main([*words, "--rank-pattern", "c_attn=2,mlp.c_proj=4", "--alpha-pattern", r"h\.0\..*=3.5"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ranks c_attn 2, mlp.c_proj 4" in shown
+    assert r"alphas h\.0\..* 3.5" in shown
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "adapter:\n  rank_pattern:\n    c_attn: 2\n    mlp.c_proj: 4\n  alpha_pattern: {'h\\.0\\..*': 3.5}\n"
+    )
+    assert main([*words, "--config", str(file), "--json"]) == 0
+    contract = json.loads(capsys.readouterr().out)["contract"]
+    assert list(contract["rank_pattern"].items()) == [("c_attn", 2), ("mlp.c_proj", 4)]
+    assert contract["alpha_pattern"] == {r"h\.0\..*": 3.5}
+
+
 def test_init_model_writes_a_folder_that_transformers_opens_and_the_seed_decides(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -188,7 +188,7 @@ def test_peft_binds_every_tensor_and_computes_the_same_logits(finished, backend,
         for name, tensor in model.named_parameters()
         if ".lora_" in name
     }
-    adapter, _, _ = open_adapter(result.adapter_dir).stacked()
+    adapter = open_adapter(result.adapter_dir).tensors()
     assert bound.keys() == adapter.keys()
     assert all(np.array_equal(bound[name], tensor) for name, tensor in adapter.items())
 

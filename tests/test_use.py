@@ -4,6 +4,7 @@ import json
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from peft_adapters import peft_adapter
 from transformers import AutoModelForCausalLM
 
 import mens_core
@@ -61,7 +62,7 @@ def test_a_run_goes_on_from_an_adapter_where_it_ended(run, model_dirs, corpus_di
     assert further.manifest["finetune_contract_digest"] != before["finetune_contract_digest"]
     with pytest.raises(GateError, match="its rank is 16, not 8; its scale is 2, not 4") as refused:
         Planner().run(**fields | {"rank": 8, "output_dir": tmp_path / "refused"})
-    assert "--rank 16 --alpha 32 --targets" in str(refused.value)
+    assert "leave rank, alpha, rslora, rank_pattern, alpha_pattern, targets out" in str(refused.value)
     with pytest.raises(GateError, match="it adapts 14 layers, not 2"):
         Planner().run(**fields | {"targets": ("q_proj",), "output_dir": tmp_path / "refused"})
     with pytest.raises(ModelError, match="no such adapter"):
@@ -79,6 +80,60 @@ def test_an_adapter_of_pefts_trains_on_here(model_dirs, corpus_dir, tmp_path):
         corpus_dir / "eval.jsonl", model=str(base), adapter=tmp_path / "start", backend="torch", seq_len=512
     )
     assert result.eval_loss_before == pytest.approx(start["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_an_adapter_of_pefts_with_patterns_trains_on_as_it_is(model_dirs, corpus_dir, tmp_path, backend):
+    base, held_out = model_dirs["llama"], corpus_dir / "eval.jsonl"
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 3}}
+    settings = {"target_modules": ["q_proj", "v_proj"], "use_rslora": True}
+    peft_adapter(base, tmp_path / "start", **settings, **patterns)
+    fields = {"model": str(base), "data_dir": corpus_dir, "backend": backend, "seq_len": 512, "max_steps": 2}
+    fields |= {"start_from": tmp_path / "start"}
+    result = Planner().run(**fields, output_dir=tmp_path / "run")
+    used = {"model": str(base), "backend": backend, "seq_len": 512}
+    start = mens_core.evaluate_model(held_out, adapter=tmp_path / "start", **used)
+    assert result.eval_loss_before == pytest.approx(start["loss"], abs=1e-6)
+    contract = result.manifest["plan"]["contract"]
+    assert {name: contract[name] for name in patterns} == patterns
+    assert (contract["rank"], contract["alpha"], contract["rslora"], contract["targets"]) == (
+        4,
+        12,
+        True,
+        ["q_proj", "v_proj"],
+    )
+    assert result.manifest["plan"]["origins"]["rank_pattern"] == f"adapter {tmp_path / 'start'}"
+    # What was written opens as what was trained, and is trained on in its turn.
+    end = mens_core.evaluate_model(held_out, adapter=result.adapter_dir, **used)
+    assert end["loss"] == pytest.approx(result.eval_loss_after, abs=1e-6)
+    assert all(check["state"] == "ok" for check in mens_core.verify_run(result.output_dir)["checks"])
+    config = json.loads((result.output_dir / "adapter_config.json").read_text())
+    assert {name: config[name] for name in patterns} == patterns
+    with pytest.raises(GateError, match=r"its rank differs in 2 layers, such as .*q_proj: 2, not 4"):
+        Planner().run(**fields | {"rank": 4, "alpha": 12, "rslora": True}, output_dir=tmp_path / "refused")
+    with pytest.raises(GateError, match="gate_proj match none"):
+        Planner().run(**fields | {"rank_pattern": {"q_proj": 2, "gate_proj": 3}}, output_dir=tmp_path / "refused")
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_with_a_head_of_its_own_is_used_but_not_trained(model_dirs, corpus_dir, tmp_path, capsys, backend):
+    base, held_out = str(model_dirs["qwen2"]), corpus_dir / "eval.jsonl"
+    adapter = peft_adapter(base, tmp_path / "adapter", target_modules=["up_proj"], modules_to_save=["lm_head"])
+    mens_core.merge([(adapter, 1.0)], base=base, output=tmp_path / "merged", backend=backend)
+    fields = {"backend": backend, "seq_len": 512}
+    used = mens_core.evaluate_model(held_out, model=base, adapter=adapter, **fields)
+    merged = mens_core.evaluate_model(held_out, model=str(tmp_path / "merged"), **fields)
+    assert used["loss"] == pytest.approx(merged["loss"], abs=1e-5)
+    assert abs(used["loss"] - mens_core.evaluate_model(held_out, model=base, **fields)["loss"]) > 0.01
+    asked = {"backend": backend, "max_new_tokens": 8}
+    answer = mens_core.generate("Write x.", model=base, adapter=adapter, **asked)
+    assert answer == mens_core.generate("Write x.", model=str(tmp_path / "merged"), **asked)
+    words = ["--data-dir", str(corpus_dir), "--output-dir", str(tmp_path / "run"), "--start-from", str(adapter)]
+    assert main(["train", "--model", base, *words]) == 2
+    told = capsys.readouterr().err
+    assert "tensors trained whole beside its updates, which are used but not trained here: lm_head.weight" in told
+    assert f"merge-adapter --adapter {adapter} --output merged" in told
 
 
 def test_eval_prints_loss_and_perplexity(run, corpus_dir, capsys):

@@ -22,6 +22,7 @@ from mens_core.artifacts.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFI
 from mens_core.artifacts.tensors import write_tensors
 from mens_core.exchange import TrainingState
 from mens_core.plan import ExecutionPlan
+from mens_core.sections import AdapterSpec
 
 __all__ = [
     "V3_MANIFEST",
@@ -56,17 +57,20 @@ def initial_state(adapter: Adapter, seed: int) -> TrainingState:
 
 
 def write_adapter(directory: Path, adapter: Adapter, plan: ExecutionPlan) -> None:
-    """Write the three files; each is replaced whole.
+    """Write the files; each is replaced whole.
+
+    The older system's manifest has one rank and one alpha, so that it is not written where layers have others.
 
     Args:
         directory: the run directory.
         adapter: shared name → array, float32.
-        plan: of the run, for rank, alpha and provenance.
+        plan: of the run, for ranks, alphas and provenance.
     """
     tensors = {f"{PEFT_PREFIX}{name}": np.ascontiguousarray(tensor) for name, tensor in adapter.items()}
     write_tensors(directory / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     write_json(directory / ADAPTER_CONFIG, _peft_config(adapter, plan))
-    write_json(directory / V3_MANIFEST, _v3_manifest(adapter, plan))
+    if _is_uniform(adapter, plan.contract.adapter):
+        write_json(directory / V3_MANIFEST, _v3_manifest(adapter, plan))
 
 
 def _plain(alpha: float) -> float | int:
@@ -76,6 +80,12 @@ def _plain(alpha: float) -> float | int:
 
 def _modules(adapter: Adapter) -> list[str]:
     return [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]
+
+
+def _is_uniform(adapter: Adapter, spec: AdapterSpec) -> bool:
+    """Whether all layers have the rank and the scale that the contract has for those that no pattern matches."""
+    found = {(spec.rank_of(module), spec.scale_of(module)) for module in _modules(adapter)}
+    return found == {(spec.rank, spec.scale)}
 
 
 def _peft_config(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
@@ -94,8 +104,8 @@ def _peft_config(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
         # Full paths, so that a name shared by a module outside the adapter cannot be matched by suffix.
         "target_modules": sorted(_modules(adapter)),
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": {pattern: _plain(alpha) for pattern, alpha in spec.alpha_pattern},
         "fan_in_fan_out": plan.layout.family == "gpt2",
         "init_lora_weights": True,
         "inference_mode": True,

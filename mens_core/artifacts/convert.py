@@ -11,8 +11,6 @@ quotient by the rank is the scale; where no float64 has that quotient, the neare
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from mens_core.artifacts.adapter import V3_MANIFEST
 from mens_core.artifacts.adapters import open_adapter
 from mens_core.artifacts.files import write_json
 from mens_core.artifacts.formats import FORMATS
-from mens_core.artifacts.lora import LoraAdapter
+from mens_core.artifacts.lora import LoraAdapter, alpha_of
 from mens_core.artifacts.meta import META_WEIGHTS, V2_META
 from mens_core.artifacts.mlx import write_mlx
 from mens_core.artifacts.names import full_name
@@ -104,9 +102,9 @@ def _write_peft(folder: Path, adapter: LoraAdapter) -> list[str]:
 
 def _peft_config(adapter: LoraAdapter) -> dict[str, Any]:
     pairs = {full_name(module): pair for module, pair in zip(adapter.modules, adapter.pairs.values(), strict=True)}
-    rank, scale = _usual(adapter)
-    alphas = {module: _alpha(pair.scale, pair.rank) for module, pair in pairs.items()}
-    alpha = _alpha(scale, rank)
+    rank, scale = adapter.usual()
+    alphas = {module: alpha_of(pair.scale, pair.rank) for module, pair in pairs.items()}
+    alpha = alpha_of(scale, rank)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -176,7 +174,7 @@ def _write_meta(path: Path, adapter: LoraAdapter, head: Mapping[str, Any], name:
         "layer_order": list(keys),
         **_sizes(adapter),
         "rank": rank,
-        "alpha": _alpha(scale, rank),
+        "alpha": alpha_of(scale, rank),
         "base_model": adapter.base_model,
     }
     write_json(path, {field: value for field, value in described.items() if value is not None})
@@ -200,7 +198,7 @@ def _uniform(name: str, adapter: LoraAdapter) -> tuple[int, float]:
     """The one rank and the one scale of an adapter of pairs alone."""
     if adapter.whole:
         raise _cannot(name, "hold tensors trained whole", list(adapter.whole), adapter)
-    rank, scale = _usual(adapter)
+    rank, scale = adapter.usual()
     other = [
         f"{module} (rank {pair.rank}, scale {pair.scale:g})"
         for module, pair in zip(adapter.modules, adapter.pairs.values(), strict=True)
@@ -209,11 +207,6 @@ def _uniform(name: str, adapter: LoraAdapter) -> tuple[int, float]:
     if other:
         raise _cannot(name, f"say a rank or scale other than {rank} and {scale:g}", other, adapter)
     return rank, scale
-
-
-def _usual(adapter: LoraAdapter) -> tuple[int, float]:
-    """The rank and the scale that most pairs have."""
-    return Counter((pair.rank, pair.scale) for pair in adapter.pairs.values()).most_common(1)[0][0]
 
 
 def _storage(name: str, adapter: LoraAdapter) -> tuple[str, NF4Spec]:
@@ -249,14 +242,6 @@ def _embed_key(adapter: LoraAdapter) -> str | None:
     tables = {"model.layers.": "model.embed_tokens", "transformer.h.": "transformer.wte", "h.": "wte"}
     stems = {table for module in adapter.modules for stem, table in tables.items() if module.startswith(stem)}
     return f"{stems.pop()}.weight" if len(stems) == 1 else None
-
-
-def _alpha(scale: float, rank: int) -> float | int:
-    """The alpha with alpha / rank = scale; whole ones as integers, which older readers expect."""
-    nearest = scale * rank
-    around = (float(round(nearest)), nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, -math.inf))
-    alpha = next((candidate for candidate in around if candidate / rank == scale), nearest)
-    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _dropout(config: Mapping[str, Any]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from mens_core.errors import ModelError
 from mens_core.exchange import NF4Spec
+from mens_core.patterns import matches, number_of
 
-__all__ = ["LoraAdapter", "LoraPair", "Targets", "combined"]
+__all__ = ["LoraAdapter", "LoraPair", "Targets", "alpha_of", "combined"]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -105,34 +107,37 @@ class LoraAdapter:
         """Paths of the adapted layers."""
         return tuple(name.removesuffix(".weight") for name in self.pairs)
 
-    def stacked(self) -> tuple[dict[str, NDArray[np.float32]], int, float]:
-        """The pairs as one rank and one scale, which is what a session holds.
+    def settings(self) -> dict[str, Any]:
+        """The fields of a contract whose sessions hold these pairs: ranks, alphas and their patterns.
 
-        Smaller ranks are filled up with zeros, which change nothing; a scale of its own is taken into B, which
-        rounds it once.
-
-        Returns:
-            (shared name → array, rank, scale).
-
-        Raises:
-            ModelError: if the adapter is more than pairs.
+        They are PEFT's own words where those still say what the pairs are. Else the usual rank and scale stand for
+        all, and layers that have others are named one by one.
         """
-        if self.whole:
-            raise ModelError(
-                f"the adapter holds {len(self.whole)} tensors trained whole, such as {next(iter(self.whole))}",
-                where=self.source,
-                expected="low-rank updates alone",
-                fix="python -m mens_core merge-adapter makes one model of the base and the adapter",
-            )
-        rank = max(pair.rank for pair in self.pairs.values())
-        scale = next(iter(self.pairs.values())).scale
+        ours = _in_pefts_words(self)
+        if ours is not None:
+            return ours
+        pairs = dict(zip(self.modules, self.pairs.values(), strict=True))
+        rank, scale = self.usual()
+        alpha = alpha_of(scale, rank)
+        alphas = {module: alpha_of(pair.scale, pair.rank) for module, pair in pairs.items()}
+        return {
+            "rank": rank,
+            "alpha": alpha,
+            "rslora": False,
+            "rank_pattern": {module: pair.rank for module, pair in pairs.items() if pair.rank != rank},
+            "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
+        }
+
+    def usual(self) -> tuple[int, float]:
+        """The rank and the scale that most pairs have."""
+        return Counter((pair.rank, pair.scale) for pair in self.pairs.values()).most_common(1)[0][0]
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """The pairs under the names that a session's state has."""
         tensors: dict[str, NDArray[np.float32]] = {}
         for module, pair in zip(self.modules, self.pairs.values(), strict=True):
-            missing = rank - pair.rank
-            ratio = np.float32(pair.scale / scale)
-            tensors[f"{module}.lora_A.weight"] = np.pad(pair.a, ((0, missing), (0, 0)))
-            tensors[f"{module}.lora_B.weight"] = np.pad(pair.b * ratio, ((0, 0), (0, missing)))
-        return tensors, rank, scale
+            tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = pair.a, pair.b
+        return tensors
 
     def check(self) -> None:
         """See that the numbers are fit for use.
@@ -195,6 +200,32 @@ def combined(parts: Sequence[tuple[LoraAdapter, float]]) -> LoraAdapter:
         },
         targets=None,
     )
+
+
+def alpha_of(scale: float, rank: int) -> float | int:
+    """The alpha with alpha / rank = scale; whole ones as integers, which older readers expect."""
+    nearest = scale * rank
+    around = (float(round(nearest)), nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, -math.inf))
+    alpha = next((candidate for candidate in around if candidate / rank == scale), nearest)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _in_pefts_words(adapter: LoraAdapter) -> dict[str, Any] | None:
+    """The settings as the adapter's configuration has them; None where it has none, or its pairs are others now."""
+    config, modules = adapter.config, adapter.modules
+    if adapter.kind != "peft":
+        return None
+    ranks, alphas = (
+        {key: number for key, number in (config.get(name) or {}).items() if any(matches(key, path) for path in modules)}
+        for name in ("rank_pattern", "alpha_pattern")
+    )
+    rank, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
+    for module, pair in zip(modules, adapter.pairs.values(), strict=True):
+        own = number_of(ranks.items(), module, rank)
+        divisor = own**0.5 if rslora else own
+        if (pair.rank, pair.scale) != (own, number_of(alphas.items(), module, alpha) / divisor):
+            return None
+    return {"rank": rank, "alpha": alpha, "rslora": rslora, "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def _matches(module: str, names: str | Sequence[str]) -> bool:

@@ -30,6 +30,7 @@ def model_card(plan: ExecutionPlan, *, modules: int, parameters: int, results: M
         "Attribution": "required by that licence" if plan.contract.provenance.attribution_required else None,
         "Deployment": "mobile_edge" if plan.contract.output.deployment_target == "mobile_edge" else None,
     }
+    own = "; own ranks or alphas by pattern" if spec.has_patterns else ""
     further = "".join(f"\n| {label} | {value} |" for label, value in named.items() if value is not None)
     held_out = f"{before:.4f} → {after:.4f} nats per token" if before is not None else "no eval.jsonl was given"
     return f"""---
@@ -45,7 +46,7 @@ Trained by mens-core with kernel `{plan.execution_kernel}` on {plan.device} in {
 | | |
 |---|---|
 | Base model | {plan.model_name} ({plan.layout.model_type}) |
-| Adapter | rank {spec.rank}, alpha {spec.alpha:g}, {modules} linear layers, {parameters:,} parameters |
+| Adapter | rank {spec.rank}, alpha {spec.alpha:g}{own}, {modules} linear layers, {parameters:,} parameters |
 | Data | {results["rows"]:,} rows, {results["supervised_tokens"]:,} supervised of {results["tokens"]:,} tokens |
 | Steps | {results["optimizer_steps"]} of {training.batch_size} × {training.grad_accum} rows |
 | Training loss | {results["first_loss"]:.4f} → {results["last_loss"]:.4f} nats per token |

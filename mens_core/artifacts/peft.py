@@ -5,7 +5,6 @@ Source: github.com/huggingface/peft, ``utils/save_and_load.py`` for names, ``tun
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.lora import LoraAdapter, LoraPair, Targets
-from mens_core.artifacts.patterns import check_pattern
 from mens_core.artifacts.rundir import MANIFEST
 from mens_core.artifacts.tensors import read_tensors
 from mens_core.errors import ModelError
 from mens_core.exchange import NF4Spec
 from mens_core.hf.files import find_file, read_json
+from mens_core.patterns import check_pattern, number_of
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "PEFT_PREFIX", "read_peft", "read_peft_config"]
 
@@ -106,6 +105,9 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     for name, kind in _NUMBERS.items():
         if not _is_positive(config.get(name), kind):
             raise ModelError(f"{name} is {config.get(name)!r:.100}", where=path, expected="a positive number")
+    whole = config.get("modules_to_save") or ()
+    if not _are_names(whole) or "" in whole:
+        raise ModelError(f"modules_to_save is {whole!r:.100}", where=path, expected="a list of names")
     for name, kind in {"rank_pattern": int, "alpha_pattern": int | float}.items():
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict) or not all(_is_positive(value, kind) for value in patterns.values()):
@@ -132,10 +134,16 @@ def _no_weights(folder: Path) -> ModelError:
 
 
 def _is_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor belongs to a module that is saved whole; PEFT adds embeddings that were given new rows."""
-    named = [*(config.get("modules_to_save") or ()), "embed_tokens", "wte", "lm_head"]
+    """Whether a tensor belongs to a module that is saved whole; PEFT adds embeddings that were given new rows.
+
+    PEFT takes every module whose path ends with a name, with whatever is inside: ``norm`` is ``input_layernorm``, too
+    (``utils/other.py``, ``_set_trainable``).
+    """
     module, _, part = name.rpartition(".")
-    return part in {"weight", "bias"} and any(f".{module}.".find(f".{entry}.") >= 0 for entry in named)
+    steps = module.split(".")
+    paths = [".".join(steps[: count + 1]) for count in range(len(steps))]
+    named = any(path.endswith(entry) for path in paths for entry in config.get("modules_to_save") or ())
+    return part in {"weight", "bias"} and (named or steps[-1] in {"embed_tokens", "wte", "lm_head"})
 
 
 def _pair(module: str, halves: Mapping[str, NDArray[np.float32]], config: Mapping[str, Any], weights: Path) -> LoraPair:
@@ -153,12 +161,7 @@ def _pair(module: str, halves: Mapping[str, NDArray[np.float32]], config: Mappin
 
 
 def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, is the path or its end."""
-    for key, value in (patterns or {}).items():
-        check_pattern(key)
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    return number_of([(check_pattern(key), value) for key, value in (patterns or {}).items()], module, default)
 
 
 def _targets(config: Mapping[str, Any], folder: Path) -> Targets | None:

@@ -92,7 +92,7 @@ def _help(field: attrs.Attribute[Any]) -> str:
     notes = [str(field.metadata["unit"])] if "unit" in field.metadata else []
     if field.metadata.get("required"):
         notes.append("required")
-    elif field.default is not None and not isinstance(field.default, bool):
+    elif field.default not in {None, ()} and not isinstance(field.default, bool):
         notes.append(f"default {_shown(field.default)}")
     text = str(field.metadata["help"]) + (f" ({'; '.join(notes)})" if notes else "")
     evidence = field.metadata.get("evidence")

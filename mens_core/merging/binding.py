@@ -45,7 +45,7 @@ class Binding:
         updates: name of a tensor as the base stores it → its update, in the orientation in which it is stored.
         whole: name as stored → what takes its place.
         untied: the tensor that a head of its own is made from, where the base's head is tied to it and the adapter
-            updates the head; else None.
+            changes either by itself; else None.
     """
 
     updates: Mapping[str, LoraPair] = attrs.field(repr=False)
@@ -71,7 +71,7 @@ def bind(adapter: LoraAdapter, inventory: Inventory, layout: Layout | None) -> B
     stored = {name: name for name in inventory.tensors}
     if layout is not None:
         stored = {canonical_name(layout, name): name for name in inventory.tensors} | stored
-    untied = _tied_to(inventory, layout) if HEAD in pairs and HEAD not in stored else None
+    untied = _tied_to(inventory, layout) if _is_apart(layout, [*pairs, *adapter.whole], adapter.whole) else None
     if untied:
         stored[HEAD] = HEAD
     absent = [name for name in (*pairs, *adapter.whole) if name not in stored]
@@ -91,9 +91,10 @@ def bind(adapter: LoraAdapter, inventory: Inventory, layout: Layout | None) -> B
         updates[key] = _oriented(pair, key, inventory, head=untied if key == HEAD else None)
     whole = {stored[name]: tensor for name, tensor in adapter.whole.items()}
     for name, tensor in whole.items():
-        if tensor.shape != inventory.tensors[name].shape:
+        shape = inventory.tensors[untied if untied and name == HEAD else name].shape
+        if tensor.shape != shape:
             raise ModelError(
-                f"{name} has shape {tensor.shape} in the adapter and {inventory.tensors[name].shape} in the base",
+                f"{name} has shape {tensor.shape} in the adapter and {shape} in the base",
                 where=adapter.source,
                 expected="a base with the same vocabulary",
             )
@@ -158,6 +159,11 @@ def _check_complete(adapter: LoraAdapter, inventory: Inventory) -> None:
             where=adapter.source,
             expected="an update for each of them",
         )
+
+
+def _is_apart(layout: Layout | None, changed: Iterable[str], whole: Iterable[str]) -> bool:
+    """Whether a head that is tied is no longer the table of tokens: either was replaced or updated by itself."""
+    return HEAD in changed or (layout is not None and any(canonical_name(layout, name) in _TABLES for name in whole))
 
 
 def _tied_to(inventory: Inventory, layout: Layout | None) -> str | None:

@@ -101,12 +101,13 @@ class Job:
                 fix="--format subset, which writes the merged tensors alone; or --base DIR",
             )
         with appearing(wanted.output) as building:
-            names = [*self._inventory.tensors, *([HEAD] if self._binding.untied is not None else [])]
+            untied = self._binding.untied is not None
+            names = [*dict.fromkeys([*self._inventory.tensors, *([HEAD] if untied else [])])]
             scratch = building / _SCRATCH
             specs = {part: spec for name in names for part, spec in self._specs(name, scratch).items()}
             files = write_weights(building, specs, self._blocks, max_shard_bytes=wanted.max_shard_bytes)
             scratch.unlink(missing_ok=True)
-            copy_companions(folder, building, self._config(), dtype=wanted.dtype, untied=HEAD in names[-1:])
+            copy_companions(folder, building, self._config(), dtype=wanted.dtype, untied=untied)
             report = self._report(names) | {"files": files}
             write_json(building / REPORT, report)
             write_json(building / _HANDOFF, self._handoff(report))
@@ -189,9 +190,9 @@ class Job:
             return merged_blocks(self._weight(source), pair, _NUMPY[code], self._wanted.backend, error)
         if self._is_quantised(name):
             return (self._weight(name).astype(_NUMPY[code], copy=False),)
-        if code == self._inventory.tensors[name].dtype:
-            return (self._tensors.stored(name),)
-        return _cast(self._tensors[name], _NUMPY[code])
+        if code == self._inventory.tensors[source].dtype:
+            return (self._tensors.stored(source),)
+        return _cast(self._tensors[source], _NUMPY[code])
 
     def _weight(self, name: str) -> AnyArray:
         """The weight that is merged onto: as it is stored, or as NF4 gives it back."""

@@ -116,6 +116,8 @@ def _compared(
             "rank": adapter.rank,
             "alpha": adapter.alpha,
             "rslora": adapter.rslora,
+            "rank_pattern": adapter.rank_pattern,
+            "alpha_pattern": adapter.alpha_pattern,
             "block_size": quant.block_size,
             "double_quant": quant.double_quant,
             **(own or {}),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mens_core.backend import Backend
 from mens_core.errors import ModelError
 from mens_core.exchange import Batch, BatchShape, NF4Spec, TrainingState
+from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import GRAPHS, Layout
 from mens_core.plan import ExecutionPlan
 from mens_core.testing.oracle import Oracle, dequantize, quantize
@@ -145,8 +146,11 @@ class OracleWitness:
             return dequantize(quantize(weight, spec, offset=offset))
 
         qlora = plan.contract.adapter.method == "qlora"
-        scale = plan.contract.adapter.scale
-        return cls(oracle=Oracle.open(Path(plan.model_dir), scale=scale, stored=stored if qlora else None))
+        adapter = plan.contract.adapter
+        paths = linear_shapes(plan.layout) if adapter.has_patterns else ()
+        scales = {path: adapter.scale_of(path) for path in paths}
+        stored_as = stored if qlora else None
+        return cls(oracle=Oracle.open(Path(plan.model_dir), scale=adapter.scale, scales=scales, stored=stored_as))
 
     def logits(self, adapter: Arrays, batch: Batch) -> NDArray[Any]:
         """In float64."""

@@ -93,10 +93,11 @@ def begun_with(plan: ExecutionPlan, hashes: Mapping[str, Any], rows: Mapping[str
         "total_steps": steps,
     }
     digested = {field.name for _, field in contract_fields() if field.metadata["digest"]}
+    fields = {name: value for name, value in contract.as_fields().items() if name in digested - _DECIDED}
     return {
         "contract_digest": plan.contract_digest,
         "execution_kernel": plan.execution_kernel,
-        "fields": {name: value for name, value in contract.as_fields().items() if name in digested - _DECIDED},
+        "fields": {name: _ordered(value) for name, value in fields.items()},
         "decided": decided,
         "sha256": dict(hashes),
         "rows": dict(rows),
@@ -251,6 +252,11 @@ def _versions(then: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, ...
         f"{name} is {now.get(name, 'gone')}, it was {then.get(name, 'not there')}: last digits may differ"
         for name in names
     )
+
+
+def _ordered(value: Any) -> Any:
+    """Patterns as texts, since their order says which of them counts; no patterns are nothing, as they once were."""
+    return [f"{name}={number:g}" for name, number in value.items()] if isinstance(value, dict) and value else value
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def _start(plan: ExecutionPlan, opened: TrainingState) -> TrainingState:
     path = plan.contract.adapter.start_from
     if path is None:
         return initial_state(opened.adapter, plan.contract.training.seed)
-    return TrainingState(adapter=open_adapter(path).stacked()[0], optimizer={}, step=0)
+    return TrainingState(adapter=open_adapter(path).tensors(), optimizer={}, step=0)
 
 
 def _train_start(run: _Run) -> dict[str, Any]:

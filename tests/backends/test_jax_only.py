@@ -246,3 +246,24 @@ def test_the_attention_of_accelerators_is_that_of_the_cpu(heads, window):
         np.testing.assert_allclose(found, expected, atol=1e-5)
     # What belongs to no row gets no gradient, or it would reach the adapter.
     assert all(not np.any(gradient[~real]) for gradient in answers[0][1:])
+
+
+# --- ranks of their own -----------------------------------------------------------------------------------------
+
+
+def test_what_fills_a_stack_up_to_its_largest_rank_stays_zero(backend, folders):
+    plan = tiny.plan_for(backend, folders["qwen2"], rank_pattern={"layers.1.self_attn.q_proj": 7}, weight_decay=0.1)
+    session = backend.open(plan, tiny.SHAPE)
+    state = backend.state(session)
+    start = TrainingState(adapter=tiny.random_adapter(state.adapter), optimizer={}, step=0)
+    session = backend.restore(session, start)
+    for _ in range(3):
+        backend.step(session, [tiny.batch_of(9, 5, seed=1)], 1e-2)
+    for vector in (session.trained.adapter, session.trained.exp_avg, session.trained.exp_avg_sq):
+        stacks = session.unravel(vector).model.layers.self_attn.q_proj
+        lora_a, lora_b = np.asarray(stacks.lora_a.get_value()), np.asarray(stacks.lora_b.get_value())
+        assert (lora_a.shape[:2], lora_b.shape[::2]) == ((2, 7), (2, 7))
+        assert not lora_a[0, 4:].any()
+        assert not lora_b[0, :, 4:].any()
+        assert lora_a[0, :4].all()
+        assert lora_a[1].all()

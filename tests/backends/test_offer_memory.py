@@ -71,6 +71,21 @@ def test_the_base_takes_as_many_bytes_in_either_number_format(backend, offer_of,
     assert offer_of("llama", dtype=dtype).memory["base"] == dense
 
 
+@pytest.mark.parametrize("patterns", [{}, {"q_proj": 2, r"layers\.0\.mlp\.down_proj": 9}])
+def test_an_adapter_with_patterns_takes_as_many_bytes_as_were_offered(backend, offer_of, session_of, patterns):
+    session = session_of("llama", targets=("q_proj", "down_proj"), rank_pattern=tuple(patterns.items()))
+    memory = offer_of("llama", targets=("q_proj", "down_proj"), rank_pattern=patterns).memory
+    held = sum(array.nbytes for array in backend.state(session).adapter.values())
+    if backend.name == "jax":
+        # A stack has its largest rank: 9 in the layer beside the one that has 9, whose own is 4.
+        filled = 4 * 5 * (48 + 50) if patterns else 0
+        assert session.trained.adapter.nbytes == held + filled
+        held += filled
+    # JAX holds the gradients of the window and those of the batch.
+    gradients = held * (2 if backend.name == "jax" else 1)
+    assert (memory["adapter"], memory["optimizer"], memory["gradients"]) == (held, 2 * held, gradients)
+
+
 def test_scales_that_are_not_quantised_take_as_many_bytes_as_were_offered(backend, offer_of, session_of):
     _, packed = _held(backend, session_of("llama", method="qlora", double_quant=False, block_size=128))
     offer = offer_of("llama", method="qlora", double_quant=False, block_size=128)

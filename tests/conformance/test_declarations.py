@@ -14,7 +14,7 @@ class Whole(BackendCapabilities):
 
     backend = "torch"
     gpt2 = llama = qwen2 = qwen3 = OPEN
-    qlora = dropout = bfloat16 = generate = merge = OPEN
+    qlora = dropout = patterns = whole = bfloat16 = generate = merge = OPEN
 
 
 def _problems(**changes):

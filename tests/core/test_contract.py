@@ -38,6 +38,8 @@ OTHER = {
     "rank": 8,
     "alpha": 1.0,
     "rslora": True,
+    "rank_pattern": {"q_proj": 4, r"layers\.1\..*": 2},
+    "alpha_pattern": {"q_proj": 4.0},
     "targets": ("q_proj",),
     "dropout": 0.05,
     "start_from": "run-before",
@@ -284,3 +286,45 @@ def test_rslora_divides_by_the_root_of_the_rank():
     stable = FineTuneContract.from_fields(**REQUIRED, rank=16, alpha=32, rslora=True)
     assert plain.adapter.scale == 2.0
     assert stable.adapter.scale == 8.0
+
+
+def test_the_first_pattern_that_is_a_path_or_its_end_gives_its_rank_and_alpha():
+    patterns = {"rank_pattern": {"q_proj": 8, r"layers\.0\..*": 2}, "alpha_pattern": {r"layers\.[12]\.x\.q_proj": 4}}
+    spec = FineTuneContract.from_fields(**REQUIRED, **patterns, rank=16, alpha=32).adapter
+    paths = (
+        "model.layers.0.x.q_proj",
+        "model.layers.0.x.v_proj",
+        "model.layers.1.x.q_proj",
+        "model.layers.1.x.seq_proj",
+    )
+    assert [spec.rank_of(path) for path in paths] == [8, 2, 8, 16]
+    assert [spec.scale_of(path) for path in paths] == [4.0, 16.0, 0.5, 2.0]
+    assert attrs.evolve(spec, rslora=True).scale_of(paths[2]) == 4 / 8**0.5
+    assert (spec.largest_rank, spec.has_patterns) == (16, True)
+
+
+def test_the_order_of_patterns_is_in_the_digest():
+    one = {"q_proj": 8, r"layers\.0\..*": 2}
+    first, second = (
+        FineTuneContract.from_fields(**REQUIRED, rank_pattern=patterns)
+        for patterns in (one, dict(reversed(one.items())))
+    )
+    assert first.digest({}) != second.digest({})
+    assert first == FineTuneContract.from_fields(**REQUIRED, rank_pattern=r"q_proj=8, layers\.0\..*=2")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "problem"),
+    [
+        ({"q_proj": 0}, "must have a whole number above 0 for each pattern"),
+        ({"q_proj": 2.5}, "must have a whole number above 0 for each pattern"),
+        ({"": 2}, "must have a whole number above 0 for each pattern"),
+        ({"(a+)+": 2}, "a pattern of the adapter may take for ever"),
+        ({"(": 2}, "no regular expression"),
+        ("q_proj", "must be patterns with a number each, such as q_proj=8,v_proj=4"),
+        (3, "must be patterns with a number each"),
+    ],
+)
+def test_patterns_that_cannot_be_meant_are_refused(patterns, problem):
+    with pytest.raises(ContractError, match=problem):
+        FineTuneContract.from_fields(**REQUIRED, rank_pattern=patterns)

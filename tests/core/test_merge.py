@@ -279,6 +279,26 @@ def test_merge_unties_a_tied_head_that_is_updated_and_leaves_the_table_alone(bas
     np.testing.assert_allclose(model.get_output_embeddings().weight.detach().numpy(), stored + 2 * b @ a, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("whole", ["head", "table", "both"])
+def test_a_tied_head_and_its_table_part_where_one_is_trained_whole(bases, tmp_path, family, whole):
+    base = bases[family]
+    table, linear = ("wte", "c_fc") if family == "gpt2" else ("embed_tokens", "up_proj")
+    saved = {"head": ["lm_head"], "table": [table], "both": [table, "lm_head"]}[whole]
+    adapter = peft_adapter(base, tmp_path / "adapter", target_modules=[linear], modules_to_save=saved)
+    assert merge(adapter, base, tmp_path / "out")["head_untied"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    merged, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), torch.arange(20)[None]
+    assert not merged.config.tie_word_embeddings
+    with torch.no_grad():
+        expected, found = model(ids).logits, merged(ids).logits
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        # With the two tied it is another model.
+        merged.get_output_embeddings().weight = merged.get_input_embeddings().weight
+        assert (merged(ids).logits - expected).abs().max() > 0.01 * expected.abs().max()
+
+
 def test_merge_in_shards_opens_as_one_file_does(bases, tmp_path):
     adapter = peft_adapter(bases["qwen3"], tmp_path / "adapter")
     one = merge(adapter, bases["qwen3"], tmp_path / "one")

@@ -1,15 +1,20 @@
-"""Products in full precision, gathers that XLA runs well in both directions, and placement by name."""
+"""Products in full precision, gathers that XLA runs well in both directions, placement by name, memory to hand over."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from numpy.typing import NDArray
 
-__all__ = ["KEPT", "device_named", "dot", "keep", "take"]
+__all__ = ["KEPT", "aligned", "device_named", "dot", "keep", "take"]
+
+_ALIGNMENT = 64
 
 KEPT = "product"
 """The name under which ``keep`` marks arrays."""
@@ -19,6 +24,18 @@ def device_named(name: str) -> jax.Device:
     """JAX's object for ``cpu`` or ``cuda:N``, as ``device.pick_device`` names it."""
     platform, _, index = name.partition(":")
     return jax.devices(platform)[int(index or 0)]
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Fresh memory on the host that ``jax.device_put`` takes over as it is, after which nobody may write into it.
+
+    On a CPU it copies what does not begin at a multiple of 64 bytes (XLA's smallest alignment of a buffer).
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    place: NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
+    return place
 
 
 def dot(x: Array, y: Array, dtype: Any = None) -> Array:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
-__all__ = ["stacked_name"]
+__all__ = ["stacked_name", "stacks_of"]
 
 _LAYER = re.compile(r"^(model\.layers|transformer\.h)\.(\d+)\.")
 
@@ -13,3 +14,12 @@ def stacked_name(name: str) -> tuple[str, int | None]:
     """``model.layers.3.mlp.up_proj`` to (``model.layers.mlp.up_proj``, 3); (name, None) outside the layers."""
     found = _LAYER.match(name)
     return (f"{found[1]}.{name[found.end() :]}", int(found[2])) if found else (name, None)
+
+
+def stacks_of(paths: Iterable[str]) -> dict[str, dict[int, str]]:
+    """Stacked name → number of a layer → that layer's own path, for those layers that are among ``paths``."""
+    stacks: dict[str, dict[int, str]] = {}
+    for path in paths:
+        stack, layer = stacked_name(path)
+        stacks.setdefault(stack, {})[layer or 0] = path
+    return stacks

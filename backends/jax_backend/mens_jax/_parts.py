@@ -75,14 +75,14 @@ class Parts:
     Attributes:
         layout: of the model.
         base: stacked name → weight, from ``weights.load_base``.
-        ranks: stacked module path → rank of its adapter; absent for none.
-        scale: s of the adapter.
+        ranks: stacked module path → largest rank of its layers' adapters; absent for none.
+        scales: stacked module path → s of the adapter, or of each layer's, (layers,).
     """
 
     layout: Layout
     base: Mapping[str, Array | NF4Weight]
     ranks: Mapping[str, int]
-    scale: float
+    scales: Mapping[str, float | Array]
 
     def linear(self, path: str) -> LoraLinear:
         """The stacked linear at a path, with its adapter."""
@@ -90,7 +90,7 @@ class Parts:
         # NF4 is stored in (out, in) for every family.
         dense_conv1d = self.layout.family == "gpt2" and not isinstance(weight, NF4Weight)
         kind = Conv1D if dense_conv1d else LoraLinear
-        return kind(weight, bias, self.ranks.get(path, 0), self.scale)
+        return kind(weight, bias, self.ranks.get(path, 0), self.scales.get(path, 0.0))
 
     def embedding(self, path: str) -> Embedding:
         """The table at a path."""

@@ -46,17 +46,20 @@ class LoraLinear(nnx.Module):
     Args:
         weight: (out, in), frozen; (layers, out, in) for stacked layers, and so on for the others.
         bias: (out,), frozen, or None.
-        rank: R.
-        scale: s, dimensionless.
+        rank: R; of stacked layers the largest, where the others' A has zero rows and their B zero columns, which no
+            update ever moves.
+        scale: s, dimensionless; (layers,) where stacked layers have scales of their own.
     """
 
     # Whether a dense weight is stored as (in, out); a subclass says so.
     transposed = False
 
-    def __init__(self, weight: Array | NF4Weight, bias: Array | None, rank: int, scale: float) -> None:
+    def __init__(self, weight: Array | NF4Weight, bias: Array | None, rank: int, scale: float | Array) -> None:
         out, into = weight.shape[-2:][:: -1 if self.transposed else 1]
         stacked = weight.codes.shape[:-1] if isinstance(weight, NF4Weight) else weight.shape[:-2]
-        self.shape, self.rank, self.scale = (out, into), rank, scale
+        self.shape, self.rank = (out, into), rank
+        # One number is compiled in; many go through the scan with their layers.
+        self.scale = nnx.Variable(scale) if isinstance(scale, Array) else scale
         self.dropout: Dropout | None = nnx.data(None)
         self.weight = nnx.Param(weight)
         self.bias = None if bias is None else nnx.Param(bias)
@@ -72,6 +75,8 @@ class LoraLinear(nnx.Module):
             y = y + self.bias.get_value()
         if self.lora_a is not None and self.lora_b is not None:
             entered, scale = x, cast("float | Array", self.scale)
+            if isinstance(self.scale, nnx.Variable):
+                scale = self.scale.get_value()
             if self.dropout is not None:
                 # The factor 1 / (1 - p) goes where it costs nothing and is not rounded to the format of x.
                 entered, scale = x * self.dropout.kept(x), scale / (1.0 - self.dropout.probability)

@@ -12,9 +12,10 @@ computes them in float32 and holds a float32 copy of the weights while it does.
 from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
-from mens_core.costs import rows_memory, standing_memory
+from mens_core.costs import adapted_linears, rows_memory, standing_memory
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
+from mens_jax._names import stacks_of
 from mens_jax._sizes import Buckets, has_room, logits_chunk
 
 __all__ = ["memory_parts"]
@@ -48,8 +49,10 @@ def memory_parts(
     on_cpu, size = device == "cpu", Buckets(workload.shape).tiers[-1]
     width = 4 if on_cpu else _width(dtype)
     held = standing_memory(weights, contract, dtype)
+    filled = 4 * _filled_up(contract, layout, weights)
+    held |= {"adapter": filled, "optimizer": 2 * filled}
     # The sum over the window and the batch's own.
-    held["gradients"] *= 2
+    held["gradients"] = 2 * filled
     linear = sum(out * into for out, into in weights.linears.values())
     # The softmax's powers and slopes are in float32, and both are there before the second product.
     logits = 2 * 4 * layout.vocab_size * min(size.supervised, logits_chunk(layout.vocab_size))
@@ -98,6 +101,16 @@ def _kept(layout: Layout, weights: BaseWeights, tokens: int, *, again: bool) -> 
     if again:
         products //= layout.num_layers
     return tokens * (layout.num_layers * layout.hidden_size + products)
+
+
+def _filled_up(contract: FineTuneContract, layout: Layout, weights: BaseWeights) -> int:
+    """Numbers in A and B of all stacks: every layer of a stack takes what the one of the largest rank does."""
+    adapter, adapted = contract.adapter, adapted_linears(weights, contract.adapter)
+    numbers = 0
+    for paths in stacks_of(adapted).values():
+        rank, shape = max(map(adapter.rank_of, paths.values())), adapted[next(iter(paths.values()))]
+        numbers += layout.num_layers * rank * sum(shape)
+    return numbers
 
 
 def _framework(contract: FineTuneContract, longest: int) -> int:

@@ -12,7 +12,7 @@ every layer, the layers in front; ``lora_a`` and ``lora_b`` lie beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -20,11 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mens_core.hf.fit import HEAD
 from mens_core.hf.keymap import linear_shapes
 from mens_core.plan import ExecutionPlan
+from mens_core.sections import AdapterSpec
 from mens_jax._arrays import dot
 from mens_jax._blocks import Gpt2Decoder, LlamaDecoder, scan_blocks
-from mens_jax._names import stacked_name
+from mens_jax._names import stacks_of
 from mens_jax._packing import Rows
 from mens_jax._parts import Embedding, Parts
 from mens_jax.attention import packed_attention
@@ -80,11 +82,16 @@ def load_model(plan: ExecutionPlan) -> Model:
     """
     adapter = plan.contract.adapter
     adapted = select_targets(tuple(linear_shapes(plan.layout)), adapter.targets)
-    ranks = {stacked_name(path)[0]: adapter.rank for path in adapted}
-    parts = Parts(layout=plan.layout, base=load_base(plan), ranks=ranks, scale=adapter.scale)
+    stacks = stacks_of(adapted)
+    parts = Parts(
+        layout=plan.layout,
+        base=load_base(plan),
+        ranks={stack: max(map(adapter.rank_of, paths.values())) for stack, paths in stacks.items()},
+        scales={stack: _scale(adapter, paths, plan.layout.num_layers) for stack, paths in stacks.items()},
+    )
     gpt2 = plan.layout.family == "gpt2"
     decoder = Gpt2Decoder(parts, "transformer") if gpt2 else LlamaDecoder(parts, "model")
-    lm_head = None if plan.layout.tied else parts.embedding("lm_head")
+    lm_head = parts.embedding("lm_head") if HEAD in parts.base else None
     return Model(decoder, lm_head, adapted, checkpointed=plan.contract.training.gradient_checkpointing)
 
 
@@ -141,6 +148,15 @@ def logits(model: Model, input_ids: Array, positions: Array, rows: Rows, keep: A
         (K, V) float32.
     """
     return dot(hidden_states(model, input_ids, positions, rows)[keep], model.head.T, jnp.float32)
+
+
+def _scale(adapter: AdapterSpec, paths: Mapping[int, str], layers: int) -> float | Array:
+    """Of the layers of a stack: one number where all that are adapted have the same, else one each, (layers,)."""
+    scales = {layer: adapter.scale_of(path) for layer, path in paths.items()}
+    first = next(iter(scales.values()))
+    if all(scale == first for scale in scales.values()):
+        return first
+    return jnp.asarray([scales.get(layer, 0.0) for layer in range(layers)], jnp.float32)
 
 
 def _drop_in(block: Any, dropout: Dropout) -> None:

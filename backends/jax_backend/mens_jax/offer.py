@@ -52,7 +52,13 @@ def mens_plan(
         return KernelOffer(kernel=kernel, feasible=False, reason=reason)
     dtype = pick_dtype(contract.compute.dtype, device)
     offer = KernelOffer(
-        kernel=kernel, feasible=True, device=device, dtype=dtype, capacity_bytes=capacity(device, machine)
+        kernel=kernel,
+        feasible=True,
+        device=device,
+        dtype=dtype,
+        capacity_bytes=capacity(device, machine),
+        patterns=True,
+        whole=True,
     )
     if workload is None:
         return offer

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
 from mens_core import nf4
 from mens_core.exchange import NF4Spec, QuantizedWeight
@@ -59,11 +60,11 @@ class NF4Weight:
     spec: NF4Spec
 
 
-def quantize(weight: Array, spec: NF4Spec) -> NF4Weight:
+def quantize(weight: Array | NDArray[Any], spec: NF4Spec) -> NF4Weight:
     """Store a weight in NF4, byte for byte as ``bitsandbytes.functional.quantize_4bit``.
 
     Args:
-        weight: (out, in), any float format, or a NumPy array; quantised from its float32 value.
+        weight: (out, in), any float format; quantised from its float32 value.
         spec: codebook, block size, and whether the scales are quantised too.
 
     Raises:

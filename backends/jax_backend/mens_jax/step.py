@@ -271,11 +271,13 @@ def _parts(session: Session, vector: NDArray[np.float32]) -> dict[str, NDArray[n
         stacks[".".join(map(str, path))] = vector[begin : begin + math.prod(shape)].reshape(shape)
         begin += math.prod(shape)
     places = [(path, *stacked_name(path)) for path in session.adapted]
-    return {
-        f"{path}.lora_{letter.upper()}.weight": stacks[f"{stacked}.lora_{letter}"][layer]
-        for path, stacked, layer in places
-        for letter in "ab"
-    }
+    views: dict[str, NDArray[np.float32]] = {}
+    for path, stacked, layer in places:
+        # A stack has its largest rank; what a layer has not is zero, and stays so.
+        rank = session.plan.contract.adapter.rank_of(path)
+        views[f"{path}.lora_A.weight"] = stacks[f"{stacked}.lora_a"][layer][:rank]
+        views[f"{path}.lora_B.weight"] = stacks[f"{stacked}.lora_b"][layer][:, :rank]
+    return views
 
 
 def _copied_out(session: Session, vector: Array) -> dict[str, NDArray[np.float32]]:

@@ -11,12 +11,13 @@ Names and orientation are the checkpoint's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
 from mens_core.artifacts.tensors import TensorFolder, open_tensors
 from mens_core.errors import ModelError
@@ -24,7 +25,7 @@ from mens_core.exchange import NF4Spec
 from mens_core.hf.fit import HEAD, misfits
 from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
 from mens_core.plan import ExecutionPlan
-from mens_jax._arrays import device_named
+from mens_jax._arrays import aligned, device_named
 from mens_jax._names import stacked_name
 from mens_jax.quant import NF4Weight, quantize
 
@@ -32,6 +33,8 @@ __all__ = ["load_base"]
 
 Base: TypeAlias = "dict[str, Array | NF4Weight]"
 
+# Numbers looked at together, so that what is found about them stays small.
+_PIECE = 1 << 20
 _EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 
 
@@ -44,7 +47,8 @@ def load_base(plan: ExecutionPlan) -> Base:
         plan: names the folder, the method, the device and the number format.
 
     Returns:
-        Stacked name → array in the plan's format, or NF4 weight; see the picture above.
+        Stacked name → array in the plan's format, or NF4 weight; see the picture above. What the plan has whole has
+        taken its place; a head that was tied is there where it, or the embedding, is no longer the other.
 
     Raises:
         ModelError: if the folder cannot be read, or tensors are missing, left over, wrongly shaped or not finite.
@@ -62,6 +66,8 @@ def load_base(plan: ExecutionPlan) -> Base:
         stacks.setdefault(stacked_name(name)[0], []).append(name)
     with jax.default_device(device_named(plan.device)):
         base = {stacked: reader.read(names) for stacked, names in stacks.items()}
+        if plan.layout.tied and plan.whole.keys() & {HEAD, *_EMBEDDINGS}:
+            base[HEAD] = reader.head_of_its_own()
     _raise_problems(reader.problems, plan)
     return base
 
@@ -85,32 +91,60 @@ class _Reader:
         """One tensor, or the tensors of all layers stacked."""
         _, layer = stacked_name(names[0])
         if self.plan.contract.adapter.method == "qlora" and names[0] in self.linears:
-            weights = [self._quantize(name) for name in names]
-            return jax.tree.map(lambda *parts: jax.numpy.stack(parts), *weights)  # type: ignore[no-any-return]
+            return _stacked((self._quantize(name) for name in names), len(names))
         shape = self.folder[self.stored[names[0]]].shape
-        target = np.empty(shape if layer is None else (len(names), *shape), self.dtype)
+        target = aligned(shape if layer is None else (len(names), *shape), self.dtype)
         for place, name in enumerate(names):
             view = target if layer is None else target[place]
             with np.errstate(over="ignore"):
-                view[...] = self.folder[self.stored[name]]
-            if not np.isfinite(view).all():
-                self.problems.append(f"{name} is not finite")
-        return jax.numpy.asarray(target)
+                view[...] = self._tensor(name)
+            self._check(name, view)
+        stacked: Array = jax.device_put(target)
+        return stacked
 
     def _quantize(self, name: str) -> NF4Weight:
-        weight: Any = np.asarray(self.folder[self.stored[name]], np.float32)
-        if not np.isfinite(weight).all():
-            self.problems.append(f"{name} is not finite")
-            weight = np.zeros_like(weight)
+        weight = self._tensor(name)
+        weight = weight if self._check(name, weight) else np.zeros_like(weight)
         spec = self.plan.contract.quant
         weight = weight.T if self.plan.layout.family == "gpt2" else weight
         return quantize(weight, NF4Spec(block_size=spec.block_size, double_quant=spec.double_quant))
+
+    def _check(self, name: str, tensor: NDArray[Any]) -> bool:
+        """Whether all numbers are finite; if not, the problem is noted. The file's pages may go, they were read."""
+        flat = tensor.reshape(-1)
+        finite = all(np.isfinite(flat[start : start + _PIECE]).all() for start in range(0, flat.size, _PIECE))
+        if not finite:
+            self.problems.append(f"{name} is not finite")
+        self.folder.forget()
+        return finite
+
+    def head_of_its_own(self) -> Array:
+        """The head of a base that ties it to the embedding: the plan's, or what the embedding was."""
+        table = next(self.stored[name] for name in _EMBEDDINGS if name in self.stored)
+        return jax.numpy.asarray(np.asarray(self.plan.whole.get(HEAD, self.folder[table])).astype(self.dtype))
+
+    def _tensor(self, name: str) -> NDArray[Any]:
+        """What the plan has whole, or what the files have."""
+        found = self.plan.whole.get(name)
+        return self.folder[self.stored[name]] if found is None else found
 
     def _repeats_embedding(self) -> bool:
         """Whether a head that the config ties to the embedding was saved all the same."""
         head = self.folder[self.stored[HEAD]]
         tables = [self.folder[self.stored[name]] for name in _EMBEDDINGS if name in self.stored]
         return any(table.shape == head.shape and np.array_equal(table, head) for table in tables)
+
+
+def _stacked(weights: Iterable[NF4Weight], layers: int) -> NF4Weight:
+    """One weight whose arrays have the layers in front; each layer's own are let go of as they are written."""
+    stacks: list[NDArray[Any]] = []
+    for layer, weight in enumerate(weights):
+        leaves, structure = jax.tree.flatten(weight)
+        stacks = stacks or [aligned((layers, *leaf.shape), leaf.dtype) for leaf in leaves]
+        for stack, leaf in zip(stacks, leaves, strict=True):
+            stack[layer] = leaf
+    found: NF4Weight = jax.tree.unflatten(structure, map(jax.device_put, stacks))
+    return found
 
 
 def _raise_problems(problems: Sequence[str], plan: ExecutionPlan) -> None:

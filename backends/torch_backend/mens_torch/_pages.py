@@ -6,8 +6,6 @@ import ctypes
 import mmap
 from pathlib import Path
 
-from torch import Tensor as Array
-
 __all__ = ["AT_ONCE", "MappedFiles"]
 
 AT_ONCE = 64 << 20
@@ -27,9 +25,9 @@ class MappedFiles:
         self._names = {str(path.resolve()) for path in folder.glob("*.safetensors")}
         self._read = 0
 
-    def was_read(self, tensor: Array) -> None:
-        """Count a tensor whose numbers were read; from time to time, let all pages go. Read again, they come back."""
-        self._read += tensor.nbytes
+    def was_read(self, size: int) -> None:
+        """Count the bytes of a tensor that was read; now and then, let all pages go. Read again, they come back."""
+        self._read += size
         if self._read < AT_ONCE:
             return
         self._read = 0

@@ -27,6 +27,7 @@ from mens_core.costs import adapted_linears, rows_memory, standing_memory
 from mens_core.hf.families import REGISTRY
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
+from mens_torch._pages import AT_ONCE
 
 __all__ = ["memory_parts"]
 
@@ -119,7 +120,7 @@ def _made(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     for readers, numbers in _inputs(layout):
         if layout.family is None or any(path.endswith(readers) for path in adapted):
             block += width * numbers
-    return layout.num_layers * block + width * contract.adapter.rank * len(adapted)
+    return layout.num_layers * block + width * sum(contract.adapter.rank_of(path) for path in adapted)
 
 
 def _inputs(layout: Layout) -> list[tuple[tuple[str, ...], int]]:

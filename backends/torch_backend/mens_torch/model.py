@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from mens_core.exchange import NF4Spec
 from mens_core.plan import ExecutionPlan
 from mens_torch._checkpointing import checkpoint_layers
-from mens_torch._pages import MappedFiles
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
+from mens_torch._pages import MappedFiles
 from mens_torch.dropout import Dropout
 from mens_torch.lora import LoraLinear, select_targets
 from mens_torch.quant import quantize
@@ -176,10 +176,11 @@ def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
         weight = weight.t() if isinstance(module, Conv1D) else weight
         bias = None if module.bias is None else module.bias.detach().to(plan.device, getattr(torch, plan.dtype))
         frozen = quantize(weight, spec) if adapter.method == "qlora" else weight
-        layers[path] = LoraLinear(frozen, bias, adapter.rank if path in chosen else 0, adapter.scale)
+        rank = adapter.rank_of(path) if path in chosen else 0
+        layers[path] = LoraLinear(frozen, bias, rank, adapter.scale_of(path))
         network.set_submodule(path, layers[path])
         if adapter.method == "qlora":
-            files.was_read(weight)
+            files.was_read(weight.nbytes)
     return {path: layer for path, layer in layers.items() if path in chosen}
 
 

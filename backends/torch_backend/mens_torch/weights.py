@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +24,7 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_base(plan: ExecutionPlan) -> Any:
-    """Build the graph and read the weights, on the CPU.
+    """Build the graph and read the weights, on the CPU; what the plan has whole takes its place.
 
     For method qlora the weights keep the files' own number format, so that NF4 codes are made from the exact
     values; ``model.load_model`` converts the rest. Files are mapped, not copied, where no conversion is needed.
@@ -62,6 +64,7 @@ def load_base(plan: ExecutionPlan) -> Any:
             expected="config.json of a causal language model and its *.safetensors",
         ) from error
     _check(network, info, folder)
+    _replace(network, plan)
     # A folder may bring sampling settings; decoding here is greedy and takes nothing from them.
     network.generation_config = GenerationConfig()
     return network.eval().requires_grad_(requires_grad=False)
@@ -104,11 +107,20 @@ def _check(network: Any, info: Mapping[str, Any], folder: Path) -> None:
     for name, tensor in network.state_dict().items():
         if name not in broken and not _finite(tensor):
             problems.append(f"{name} is not finite")
-        files.was_read(tensor)
+        files.was_read(tensor.nbytes)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ModelError(f"the weights do not fit config.json, {count}:\n{listing}", where=folder)
+
+
+def _replace(network: Any, plan: ExecutionPlan) -> None:
+    """Put the plan's whole tensors in the base's places; of a head and an embedding that were tied the other stays."""
+    for name, array in plan.whole.items():
+        path, _, leaf = name.rpartition(".")
+        module = network.get_submodule(path)
+        dtype = getattr(torch, plan.dtype) if getattr(module, leaf).dtype != torch.float32 else torch.float32
+        setattr(module, leaf, nn.Parameter(torch.tensor(np.asarray(array, np.float32)).to(dtype), requires_grad=False))
 
 
 def _finite(tensor: torch.Tensor) -> bool:

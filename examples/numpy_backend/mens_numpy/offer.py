@@ -15,7 +15,15 @@ def mens_plan(contract: FineTuneContract, layout: Layout, machine: Machine) -> K
     reason = _obstacle_in_contract(contract) or _obstacle_in_model(layout)
     if reason is not None:
         return KernelOffer(kernel=kernel, feasible=False, reason=reason)
-    return KernelOffer(kernel=kernel, feasible=True, device="cpu", dtype="float32", capacity_bytes=machine.memory_bytes)
+    return KernelOffer(
+        kernel=kernel,
+        feasible=True,
+        device="cpu",
+        dtype="float32",
+        capacity_bytes=machine.memory_bytes,
+        patterns=True,
+        whole=True,
+    )
 
 
 def _obstacle_in_contract(contract: FineTuneContract) -> str | None:

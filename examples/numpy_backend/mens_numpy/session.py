@@ -167,8 +167,9 @@ def open_session(plan: ExecutionPlan) -> Session:
     for path, (out, into) in shapes.items():
         linear = linears[path] = Linear(base[f"{path}.weight"], base.get(f"{path}.bias"))
         if path in chosen:
-            linear.lora_a, linear.lora_b = _parameter(spec.rank, into), _parameter(out, spec.rank)
-            linear.scale = spec.scale
+            rank = spec.rank_of(path)
+            linear.lora_a, linear.lora_b = _parameter(rank, into), _parameter(out, rank)
+            linear.scale = spec.scale_of(path)
             parameters[f"{path}.lora_A.weight"], parameters[f"{path}.lora_B.weight"] = linear.lora_a, linear.lora_b
     return Session(plan=plan, decoder=Decoder(plan.layout, base, linears), parameters=parameters)
 

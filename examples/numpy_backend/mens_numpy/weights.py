@@ -24,8 +24,8 @@ def read_base(plan: ExecutionPlan) -> dict[str, Array]:
     """Read the plan's model.
 
     Returns:
-        Name → array; linear weights as (out, in), although GPT-2 stores them as (in, out). The head is there under
-        its own name even if it is the embedding.
+        Name → array, the plan's whole ones in the places of the files'; linear weights as (out, in), although GPT-2
+        stores them as (in, out). The head is there under its own name even if it is the embedding.
 
     Raises:
         ModelError: naming every tensor that is missing, left over, wrongly shaped or not finite.
@@ -40,6 +40,7 @@ def read_base(plan: ExecutionPlan) -> dict[str, Array]:
         if HEAD in stored and not np.array_equal(folder[stored[HEAD]], embedding):
             _refuse([f"{HEAD} is left over: config.json ties the head to the embedding"], plan)
         base[HEAD] = embedding
+    base |= {name: np.array(array, np.float32) for name, array in plan.whole.items()}
     if layout.family == "gpt2":
         base |= {f"{path}.weight": base[f"{path}.weight"].T for path in linear_shapes(layout)}
     return base

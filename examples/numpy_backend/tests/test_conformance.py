@@ -9,6 +9,6 @@ class Capabilities(BackendCapabilities):
 
     backend = "numpy"
     gpt2 = llama = qwen2 = qwen3 = OPEN
-    dropout = generate = merge = OPEN
+    dropout = patterns = whole = generate = merge = OPEN
     qlora = closed("there is no NF4 base in NumPy here")
     bfloat16 = closed("NumPy computes in float32")

@@ -7,7 +7,7 @@ A test module of a backend consists of two things::
     class Capabilities(BackendCapabilities):
         backend = "mine"
         gpt2 = llama = qwen2 = qwen3 = OPEN
-        generate = merge = dropout = OPEN
+        generate = merge = dropout = patterns = whole = OPEN
         qlora = closed("no NF4 base yet")
         bfloat16 = closed("computes in float32")
 
@@ -61,6 +61,13 @@ from mens_core.testing.conformance.offers import (
 from mens_core.testing.conformance.opening import (
     test_files_in_bfloat16_are_read_exactly,
     test_weights_that_do_not_fit_are_refused_by_name,
+)
+from mens_core.testing.conformance.patterned import (
+    test_layers_have_ranks_of_their_own,
+    test_layers_have_scales_of_their_own,
+)
+from mens_core.testing.conformance.replacing import (
+    test_what_a_plan_has_whole_takes_the_places_of_the_base,
 )
 from mens_core.testing.conformance.state import (
     test_a_copy_stays_as_it_was,
@@ -125,6 +132,8 @@ __all__ = [
     "test_files_in_bfloat16_are_read_exactly",
     "test_fresh_moments_come_out_as_none",
     "test_gradients_are_those_of_the_specification",
+    "test_layers_have_ranks_of_their_own",
+    "test_layers_have_scales_of_their_own",
     "test_logits_are_those_of_the_specification",
     "test_logits_in_bfloat16_are_near_the_specification",
     "test_names_and_shapes_of_an_adapter_are_shared",
@@ -146,6 +155,7 @@ __all__ = [
     "test_the_update_is_adamw",
     "test_training_goes_on_after_an_answer_as_if_there_was_none",
     "test_weights_that_do_not_fit_are_refused_by_name",
+    "test_what_a_plan_has_whole_takes_the_places_of_the_base",
     "test_what_is_dropped_is_made_up_for",
     "test_what_was_given_is_not_kept",
     "test_what_was_restored_comes_out_bit_for_bit",

@@ -15,6 +15,8 @@ CAPABILITIES = {
     "qwen3": "models of model_type qwen3",
     "qlora": "method qlora: mens_open with an NF4 base, mens_quantize and mens_dequantize",
     "dropout": "dropout of the adapter's input in mens_step",
+    "patterns": "ranks and scales of their own, by rank_pattern and alpha_pattern: an offer with patterns",
+    "whole": "tensors of a plan that take the base's places: an offer with whole",
     "bfloat16": "a base in bfloat16",
     "generate": "mens_generate",
     "merge": "mens_merge",

@@ -78,9 +78,12 @@ def _obstacle(workbench: Workbench, name: str) -> str | None:
     asked: dict[str, dict[str, Any]] = {
         "qlora": {"method": "qlora"},
         "dropout": {"dropout": 0.3},
+        "patterns": {"rank_pattern": {"a": 2}},
         "bfloat16": {"dtype": "bfloat16"},
     }
     offer = _offer(workbench, family, **asked.get(name, {}))
+    if offer.feasible and name == "whole" and not offer.whole:
+        return "its offer does not say so"
     if offer.feasible and name == "bfloat16" and offer.dtype != "bfloat16":
         return f"it offers {offer.dtype} where bfloat16 is asked for"
     return None if offer.feasible else f"mens_plan declines: {offer.reason}"

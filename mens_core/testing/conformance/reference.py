@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.exchange import Batch, NF4Spec, QuantizedWeight, TrainingState
+from mens_core.hf.keymap import linear_shapes
 from mens_core.plan import ExecutionPlan
 from mens_core.testing import oracle
 
@@ -27,8 +28,12 @@ class Reference:
         def stored(weight: NDArray[np.float32]) -> NDArray[np.float32]:
             return oracle.dequantize(oracle.quantize(weight, spec))
 
-        scale = plan.contract.adapter.scale
-        self._oracle = oracle.Oracle.open(plan.model_dir, scale=scale, stored=stored if qlora else None)
+        adapter = plan.contract.adapter
+        paths = linear_shapes(plan.layout) if adapter.has_patterns else ()
+        scales = {path: adapter.scale_of(path) for path in paths}
+        self._oracle = oracle.Oracle.open(
+            plan.model_dir, scale=adapter.scale, scales=scales, stored=stored if qlora else None
+        )
 
     def logits(self, adapter: Arrays, batch: Batch) -> NDArray[np.float64]:
         """(T, V)."""

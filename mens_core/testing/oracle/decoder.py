@@ -72,26 +72,31 @@ def read_base(folder: Path, layout: Layout, stored: Stored | None = None) -> dic
 
 @attrs.frozen(kw_only=True, eq=False)
 class Oracle:
-    """A base with the scale of its adapter. The adapter itself is an argument: a function's derivative is by it.
+    """A base with the scales of its adapter. The adapter itself is an argument: a function's derivative is by it.
 
     Attributes:
         layout: of the model.
         base: from ``read_base``.
         scale: s of every adapter, dimensionless.
+        scales: module path → s of those that have another.
     """
 
     layout: Layout
     base: Mapping[str, Array]
     scale: float
+    scales: Mapping[str, float] = attrs.field(factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, *, scale: float, stored: Stored | None = None) -> Oracle:
+    def open(
+        cls, folder: Path, *, scale: float, stored: Stored | None = None, scales: Mapping[str, float] | None = None
+    ) -> Oracle:
         """Read a model folder.
 
         Args:
             folder: config.json and safetensors.
             scale: s of the adapter.
             stored: as ``read_base`` takes it.
+            scales: module path → s of layers that have another.
 
         Raises:
             ModelError: if the family is not one of ``GRAPHS``, or the folder cannot be read.
@@ -103,7 +108,7 @@ class Oracle:
                 where=folder,
                 expected=f"one of {', '.join(GRAPHS)}",
             )
-        return cls(layout=layout, base=read_base(folder, layout, stored), scale=scale)
+        return cls(layout=layout, base=read_base(folder, layout, stored), scale=scale, scales=scales or {})
 
     def logits(self, adapter: Adapter, batch: Batch) -> Array:
         """``mens_forward``.
@@ -173,7 +178,8 @@ class Oracle:
 
     def _linear(self, path: str, x: Array, adapter: Adapter) -> Array:
         lora_a, lora_b = (adapter.get(f"{path}.lora_{letter}.weight") for letter in "AB")
-        return linear(x, self.base[f"{path}.weight"], self.base.get(f"{path}.bias"), lora_a, lora_b, self.scale)
+        scale = self.scales.get(path, self.scale)
+        return linear(x, self.base[f"{path}.weight"], self.base.get(f"{path}.bias"), lora_a, lora_b, scale)
 
     def _norm(self, path: str, x: Array) -> Array:
         weight, bias = self.base[f"{path}.weight"], self.base.get(f"{path}.bias")

@@ -57,8 +57,9 @@ def trainable_set(adapter: dict[str, tuple[int, ...]], layout: Layout, spec: Ada
     }
     linears = pairs if layout.family is None else linear_shapes(layout)
     wanted = adapted_linears(BaseWeights(parameters=0, stored_bytes=0, linears=linears), spec)
-    expected = {f"{path}.lora_A.weight": (spec.rank, into) for path, (_, into) in wanted.items()}
-    expected |= {f"{path}.lora_B.weight": (out, spec.rank) for path, (out, _) in wanted.items()}
+    ranks = {path: spec.rank_of(path) for path in wanted}
+    expected = {f"{path}.lora_A.weight": (ranks[path], into) for path, (_, into) in wanted.items()}
+    expected |= {f"{path}.lora_B.weight": (out, ranks[path]) for path, (out, _) in wanted.items()}
     wrong = sorted(name for name in {**adapter, **expected} if adapter.get(name) != expected.get(name))
     numbers = {"tensors": len(adapter), "expected": len(expected), "wrong": len(wrong)}
     if wrong:
@@ -66,7 +67,8 @@ def trainable_set(adapter: dict[str, tuple[int, ...]], layout: Layout, spec: Ada
         found, asked = (_shape(side.get(name)) for side in (adapter, expected))
         message = f"{len(wrong)} of the adapter's tensors are not as asked for, such as {name}: {found}, not {asked}"
         return Verdict(code=code, passed=False, message=message, numbers=numbers, fix=fix)
-    modules = f"{len(wanted)} linear layers of rank {spec.rank}"
+    held = sorted({*ranks.values()})
+    modules = f"{len(wanted)} linear layers of rank {held[0]}" + (f" to {held[-1]}" if held[1:] else "")
     return Verdict(code=code, passed=True, message=f"{modules} are trained, as asked for", numbers=numbers)
 
 

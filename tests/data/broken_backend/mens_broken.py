@@ -345,6 +345,35 @@ class ForgetsDecay(Whole):
         return hooks.mens_open(attrs.evolve(plan, contract=attrs.evolve(plan.contract, training=training)))
 
 
+class OneRank(Whole):
+    """Gives every layer the same rank."""
+
+    name = "one_rank"
+    patterns = "rank_pattern"
+
+    @hookimpl
+    def mens_open(self, plan):
+        adapter = attrs.evolve(plan.contract.adapter, **{self.patterns: ()})
+        return hooks.mens_open(attrs.evolve(plan, contract=attrs.evolve(plan.contract, adapter=adapter)))
+
+
+class OneScale(OneRank):
+    """Gives every layer the same alpha."""
+
+    name = "one_scale"
+    patterns = "alpha_pattern"
+
+
+class KeepsBase(Whole):
+    """Reads the base's tensors, whatever the plan has whole."""
+
+    name = "keeps_base"
+
+    @hookimpl
+    def mens_open(self, plan):
+        return hooks.mens_open(attrs.evolve(plan, whole={}))
+
+
 whole, wrong_shape, wrong_dtype, not_a_number = Whole(), WrongShape(), WrongDtype(), NotANumber()
 live_buffers, live_views, refreshed_copies = LiveBuffers(), LiveViews(), RefreshedCopies()
 changes_weights, changes_batches, changes_base = ChangesWeights(), ChangesBatches(), ChangesBase()
@@ -353,3 +382,4 @@ restores_half, keeps_state, joins_rows, writes_files = RestoresHalf(), KeepsStat
 changes_its_mind, broadcasts, half_gradient = ChangesItsMind(), Broadcasts(), HalfGradient()
 tells_twice = TellsTwice()
 other_epsilon, forgets_decay = OtherEpsilon(), ForgetsDecay()
+one_rank, one_scale, keeps_base = OneRank(), OneScale(), KeepsBase()
