@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from mens_core.exchange import NF4Spec
 from mens_core.hf.fit import HEAD, misfits
 from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
 from mens_core.plan import ExecutionPlan
-from mens_jax._arrays import aligned, device_named
+from mens_jax._arrays import device_named, to_hand_over
 from mens_jax._names import stacked_name
 from mens_jax.quant import NF4Weight, quantize
 
@@ -93,14 +94,21 @@ class _Reader:
         if self.plan.contract.adapter.method == "qlora" and names[0] in self.linears:
             return _stacked((self._quantize(name) for name in names), len(names))
         shape = self.folder[self.stored[names[0]]].shape
-        target = aligned(shape if layer is None else (len(names), *shape), self.dtype)
+        target = to_hand_over(shape if layer is None else (len(names), *shape), self.dtype)
         for place, name in enumerate(names):
             view = target if layer is None else target[place]
-            with np.errstate(over="ignore"):
-                view[...] = self._tensor(name)
+            self._read_into(name, view)
             self._check(name, view)
         stacked: Array = jax.device_put(target)
         return stacked
+
+    def _read_into(self, name: str, out: NDArray[Any]) -> None:
+        tensor = self._tensor(name)
+        if tensor.dtype == out.dtype and name not in self.plan.whole:
+            self.folder.read_into(self.stored[name], out)
+        else:
+            with np.errstate(over="ignore"):
+                out[...] = tensor
 
     def _quantize(self, name: str) -> NF4Weight:
         weight = self._tensor(name)
@@ -111,8 +119,10 @@ class _Reader:
 
     def _check(self, name: str, tensor: NDArray[Any]) -> bool:
         """Whether all numbers are finite; if not, the problem is noted. The file's pages may go, they were read."""
-        flat = tensor.reshape(-1)
-        finite = all(np.isfinite(flat[start : start + _PIECE]).all() for start in range(0, flat.size, _PIECE))
+        bits, most = _bits(tensor).reshape(-1), _bits(np.asarray(ml_dtypes.finfo(tensor.dtype).max, tensor.dtype))
+        unsigned = np.iinfo(bits.dtype).max >> 1
+        # As integers, floats without their sign are in the order of their values; infinity and NaN come last.
+        finite = all((bits[start : start + _PIECE] & unsigned).max() <= most for start in range(0, bits.size, _PIECE))
         if not finite:
             self.problems.append(f"{name} is not finite")
         self.folder.forget()
@@ -135,12 +145,16 @@ class _Reader:
         return any(table.shape == head.shape and np.array_equal(table, head) for table in tables)
 
 
+def _bits(tensor: NDArray[Any]) -> NDArray[Any]:
+    return tensor.view(f"u{tensor.dtype.itemsize}")
+
+
 def _stacked(weights: Iterable[NF4Weight], layers: int) -> NF4Weight:
     """One weight whose arrays have the layers in front; each layer's own are let go of as they are written."""
     stacks: list[NDArray[Any]] = []
     for layer, weight in enumerate(weights):
         leaves, structure = jax.tree.flatten(weight)
-        stacks = stacks or [aligned((layers, *leaf.shape), leaf.dtype) for leaf in leaves]
+        stacks = stacks or [to_hand_over((layers, *leaf.shape), leaf.dtype) for leaf in leaves]
         for stack, leaf in zip(stacks, leaves, strict=True):
             stack[layer] = leaf
     found: NF4Weight = jax.tree.unflatten(structure, map(jax.device_put, stacks))
