@@ -13,8 +13,8 @@ check: $(VENV)/.dev          ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check                  ## everything but the gate's long runs, a file at a time on each of two processors
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not long"
+test: check                  ## everything but the gate's long runs, on two processors, of which an idle one takes over tests
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not long"
 
 acceptance: $(VENV)/.dev     ## the acceptance runbook, every row and sign-off, with a receipt
 	$(BIN)/python -m mens_core gate --profile ci_full --keep-going

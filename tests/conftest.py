@@ -27,6 +27,12 @@ from mens_core.plugins import load_backend
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="mens-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+# What JAX compiles once serves the whole run: xdist's workers, child processes, and every test that starts anew.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mens-tests-jax-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
 # Shared machines stall now and then; a slow draw says nothing about the property.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 settings.load_profile("shared")
@@ -66,19 +72,26 @@ def model_dirs(tmp_path_factory):
     return {family: folder / family for family in GRAPHS}
 
 
+def _text_of(node, lines):
+    # What ast.get_source_segment gives, which splits the whole source anew for every node.
+    *before, last = lines[node.lineno - 1 : node.end_lineno]
+    return "".join([*before, last[: node.end_col_offset]])[node.col_offset :]
+
+
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """train.jsonl and eval.jsonl from the functions of one standard module."""
     folder = tmp_path_factory.mktemp("corpus")
     source = "".join(map(inspect.getsource, (argparse, random, shutil, statistics, textwrap)))
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    lines = source.splitlines(keepends=True)
     rows = [
         {"prompt": f"Write {node.name}.", "response": code}
         for node in functions
         # Rows of like length, so that a backend that compiles for shapes does so once.
-        if 230 < len(code := ast.get_source_segment(source, node)) < 350
+        if 230 < len(code := _text_of(node, lines)) < 350
     ]
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (folder / "train.jsonl").write_text("".join(lines[4:]), encoding="utf-8")
-    (folder / "eval.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    written = [json.dumps(row) + "\n" for row in rows]
+    (folder / "train.jsonl").write_text("".join(written[4:]), encoding="utf-8")
+    (folder / "eval.jsonl").write_text("".join(written[:4]), encoding="utf-8")
     return folder

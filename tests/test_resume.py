@@ -28,20 +28,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    """JAX keeps what it compiled for one run for the next, of which there are many here."""
-    import jax
-
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    former = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, former, strict=True):
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def small_corpus(tmp_path_factory):
     """Twenty rows to train on, so that an epoch has five steps, and two held out."""
