@@ -324,9 +324,17 @@ def status_text(status: Mapping[str, Any]) -> str:
     saved = status["checkpoint"]
     if saved is not None:
         facts.append(("saved", f"step {saved['step']}, {written_size(saved['bytes'])}, in {saved['path']}"))
+    facts += _guard_facts(status["guards"])
     facts += [("note", note) for note in status["notes"]]
     facts += [("to do", status["advice"])] if status["advice"] else []
     return "\n".join(f"{label:<10}{text}" for label, text in facts)
+
+
+def _guard_facts(guards: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How many guards hold, and what the others found."""
+    broken = [guard for guard in guards if not guard["passed"]]
+    held = [("guards", f"{len(guards) - len(broken)} of {len(guards)} hold")] if guards else []
+    return held + [(guard["severity"], f"[{guard['code']}] {guard['message']}") for guard in broken]
 
 
 def _step_facts(last: Mapping[str, Any], status: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mens_core.artifacts.rundir import MANIFEST
+from mens_core.artifacts.rundir import HOLDER, MANIFEST, begun
 from mens_core.errors import ModelError
 from mens_core.hf.files import find_file, read_json, regular_size
 from mens_core.training.telemetry_log import TelemetryTail, read_telemetry
@@ -24,11 +24,11 @@ __all__ = ["ENDED", "follow_run", "run_state", "run_status"]
 #: States that a run does not leave by itself. ``died`` is no status of a manifest: it says running, nobody runs.
 ENDED = frozenset({"complete", "failed", "interrupted", "died"})
 
-# As RunDirectory.claim writes it.
-_HOLDER = ".run.holder"
 _UNDER_WAY = frozenset({"planned", "running"})
 _RECENT = 20
 _LONGEST_HOLDER = 1000
+# As RunDirectory.claim writes it.
+_CLAIM = re.compile(r"process ([0-9]{1,9}) on ([^\s,]+)(?:, begun at ([0-9]{1,20}))?")
 
 
 def run_status(folder: str | Path) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def run_status(folder: str | Path) -> dict[str, Any]:
     Returns:
         ``run``; ``state``: ``starting``, ``planned``, ``running``, ``complete``, ``failed``, ``interrupted`` or
         ``died``; ``detail`` and ``advice``, for people; payloads of the telemetry, null where there is none yet:
-        ``start``, ``last_step``, ``checkpoint``; ``losses`` of the last steps, ``evaluations`` and ``notes``.
+        ``start``, ``last_step``, ``checkpoint``; ``losses`` of the last steps, ``evaluations``, the manifest's
+        ``guards``, and ``notes``.
 
     Raises:
         ModelError: if the folder holds no run, or its manifest cannot be read.
@@ -61,6 +62,7 @@ def run_status(folder: str | Path) -> dict[str, Any]:
         "losses": [step["loss"] for step in steps[-_RECENT:]],
         "evaluations": log.payloads("evaluation"),
         "checkpoint": checkpoint,
+        "guards": _guards(folder),
         "notes": ["the telemetry ends in half a line, which is left out"] if log.torn and state in ENDED else [],
         "advice": _advice(state, checkpoint),
     }
@@ -73,11 +75,11 @@ def run_state(folder: Path) -> tuple[str, str]:
         ModelError: if the folder holds no run, or its manifest cannot be read.
     """
     record = find_file(folder, MANIFEST) if folder.is_dir() else None
-    process, host = _holder(folder)
+    process, host, since = _holder(folder)
     if record is None:
         if process is None:
             raise ModelError(f"there is no {MANIFEST}", where=folder, expected="the folder of a run")
-        return ("starting", f"process {process}") if _is_alive(process, host) else ("died", _gone(process))
+        return ("starting", f"process {process}") if _is_alive(process, host, since) else ("died", _gone(process))
     manifest = read_json(record, expected="the manifest of a run")
     status, own = (manifest.get(key) for key in ("status", "pid")) if isinstance(manifest, dict) else (None, None)
     if not isinstance(status, str) or status not in _UNDER_WAY | ENDED - {"died"}:
@@ -87,7 +89,7 @@ def run_state(folder: Path) -> tuple[str, str]:
         return status, error.splitlines()[0] if isinstance(error, str) and error else ""
     if process is None and type(own) is int:
         process = own
-    if process is None or not _is_alive(process, host):
+    if process is None or not _is_alive(process, host, since):
         return "died", f"the manifest says {status}, but {_gone(process)}"
     elsewhere = f" on {host}, which cannot be asked from here" if host not in {None, socket.gethostname()} else ""
     return status, f"process {process}{elsewhere}"
@@ -116,25 +118,38 @@ def follow_run(folder: str | Path, *, every: float = 0.5) -> Iterator[dict[str, 
         time.sleep(every)
 
 
+def _guards(folder: Path) -> list[dict[str, Any]]:
+    """The verdicts that the manifest holds; what is none is left out."""
+    record = find_file(folder, MANIFEST)
+    manifest = read_json(record, expected="the manifest of a run") if record is not None else {}
+    found = manifest.get("guards") if isinstance(manifest, dict) else None
+    kinds = {"code": str, "passed": bool, "severity": str, "message": str}
+    return [
+        verdict
+        for verdict in (found if isinstance(found, list) else [])
+        if isinstance(verdict, dict) and all(isinstance(verdict.get(name), kind) for name, kind in kinds.items())
+    ]
+
+
 def _is_there(folder: Path) -> bool:
     return folder.is_dir() and ((folder / MANIFEST).exists() or _holder(folder)[0] is not None)
 
 
-def _holder(folder: Path) -> tuple[int | None, str | None]:
-    """Process and host that have claimed the folder, as the claim has written them."""
-    path = find_file(folder, _HOLDER) if folder.is_dir() else None
+def _holder(folder: Path) -> tuple[int | None, str | None, str | None]:
+    """Process, host and the process's beginning, as the claim of the folder has written them."""
+    path = find_file(folder, HOLDER) if folder.is_dir() else None
     if path is None or regular_size(path) > _LONGEST_HOLDER:
-        return None, None
+        return None, None, None
     try:
-        found = re.fullmatch(r"process ([0-9]{1,9}) on (\S+).*", path.read_text(encoding="utf-8"), re.DOTALL)
+        found = re.match(_CLAIM, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         # It went while it was looked at, or is no claim; the manifest has a process, too.
-        return None, None
-    return (int(found[1]), found[2]) if found else (None, None)
+        return None, None, None
+    return (int(found[1]), found[2], found[3]) if found else (None, None, None)
 
 
-def _is_alive(process: int, host: str | None) -> bool:
-    """Whether a process is there; one on another host is believed to be."""
+def _is_alive(process: int, host: str | None, since: str | None) -> bool:
+    """Whether a process is there, and no other under its id; one on another host is believed to be."""
     if host not in {None, socket.gethostname()}:
         return True
     if process < 1:
@@ -145,8 +160,8 @@ def _is_alive(process: int, host: str | None) -> bool:
         return False
     except PermissionError:
         # It is there, and somebody else's.
-        return True
-    return True
+        pass
+    return since is None or begun(process) in {None, since}
 
 
 def _gone(process: int | None) -> str:

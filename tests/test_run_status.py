@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from rich.console import Console
 import mens_core
 from mens_core import Planner
 from mens_core.artifacts.files import write_json, write_text
-from mens_core.artifacts.rundir import RunDirectory
+from mens_core.artifacts.rundir import RunDirectory, begun
 from mens_core.cli import main
 from mens_core.errors import TrainingError
 from mens_core.sections import OutputSpec
@@ -75,6 +76,7 @@ def test_a_finished_run_is_complete(finished, capsys):
     printed = capsys.readouterr().out
     assert "complete" in printed
     assert "3 of 3, epoch 1 of 3" in printed
+    assert re.search(r"guards +1\d of 1\d hold", printed)
     assert main(["status", str(finished), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == status
     assert main(["watch", str(finished)]) == 0
@@ -92,6 +94,7 @@ def _folder(path, manifest, *, holder=None, telemetry=""):
     return path
 
 
+ON_LINUX = pytest.mark.skipif(begun(os.getpid()) is None, reason="the system does not say when a process began")
 HERE = f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -101,6 +104,9 @@ HERE = f"process {os.getpid()} on {socket.gethostname()}"
         ({"status": "running", "pid": os.getpid()}, None, "running"),
         ({"status": "running", "pid": os.getpid()}, HERE, "running"),
         ({"status": "planned"}, HERE, "planned"),
+        ({"status": "running"}, f"{HERE}, begun at {begun(os.getpid())}", "running"),
+        # The process has gone and another has its id.
+        pytest.param({"status": "running"}, f"{HERE}, begun at 1", "died", marks=ON_LINUX),
         (None, HERE, "starting"),
         ({"status": "running", "pid": NOBODY}, f"process {NOBODY} on {socket.gethostname()}", "died"),
         ({"status": "running", "pid": NOBODY}, f"process {NOBODY} on elsewhere", "running"),

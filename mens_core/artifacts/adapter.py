@@ -21,6 +21,7 @@ from mens_core.artifacts.files import write_json
 from mens_core.artifacts.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
 from mens_core.artifacts.tensors import write_tensors
 from mens_core.exchange import TrainingState
+from mens_core.hf.hub import commit_of
 from mens_core.plan import ExecutionPlan
 from mens_core.sections import AdapterSpec
 
@@ -94,7 +95,8 @@ def _peft_config(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": plan.model_name,
-        "revision": plan.contract.model.revision,
+        # The commit itself: a branch that was asked for moves on.
+        "revision": commit_of(plan.model_dir) or plan.contract.model.revision,
         "r": spec.rank,
         "lora_alpha": _plain(spec.alpha),
         "lora_dropout": spec.dropout,

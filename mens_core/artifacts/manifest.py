@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mens_core.artifacts.files import write_json
+from mens_core.hf.hub import commit_of
 from mens_core.plan import ExecutionPlan
 
 __all__ = ["SCHEMA_VERSION", "Manifest", "installed_versions", "utc_now"]
@@ -98,6 +99,7 @@ def _planned(plan: ExecutionPlan, plugin: str) -> dict[str, Any]:
         "backend_plugin": plugin,
         "finetune_contract_digest": plan.contract_digest,
         "base_model": plan.model_name,
+        "base_commit": commit_of(plan.model_dir),
         "vocab_size": layout.vocab_size,
         "d_model": layout.hidden_size,
         "n_heads": layout.num_heads,

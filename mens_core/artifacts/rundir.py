@@ -23,11 +23,13 @@ from mens_core.errors import RunDirectoryError
 from mens_core.hf.files import read_json
 from mens_core.sections import OutputSpec
 
-__all__ = ["CHECKPOINTS", "MANIFEST", "PREFLIGHT", "RunDirectory"]
+__all__ = ["CHECKPOINTS", "HOLDER", "MANIFEST", "PREFLIGHT", "RunDirectory", "begun"]
 
 MANIFEST = "training_manifest.json"
 PREFLIGHT = "training-preflight.json"
 CHECKPOINTS = "checkpoints"
+HOLDER = ".run.holder"
+"""Says who has claimed the folder, for people and for ``watching``."""
 
 # What a run writes, and all that overwriting one may remove.
 _RUN_FILES = (
@@ -42,7 +44,6 @@ _RUN_FILES = (
 )
 
 _LOCK = ".run.lock"
-_HOLDER = ".run.holder"
 
 # What a process leaves that was killed while it wrote one of these files, see ``mens_core.atomic``.
 _HALF_WRITTEN = re.compile(rf"\.({'|'.join(map(re.escape, _RUN_FILES))})\.[0-9a-f]{{8}}\.tmp")
@@ -128,7 +129,7 @@ class RunDirectory:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            holder = path / _HOLDER
+            holder = path / HOLDER
             raise RunDirectoryError(
                 "another run is using the output folder",
                 where=f"{path}, held by {holder.read_text() if holder.exists() else 'an unknown process'}",
@@ -139,20 +140,38 @@ class RunDirectory:
         try:
             _remove_half_written(path)
             _make_room(cls(path), overwrite=output.overwrite, goes_on=goes_on)
-            (path / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            (path / HOLDER).write_text(_claimant())
             created = False
             yield cls(path)
         finally:
-            (path / _HOLDER).unlink(missing_ok=True)
+            (path / HOLDER).unlink(missing_ok=True)
             lock.release()
             (path / _LOCK).unlink(missing_ok=True)
             if created:
                 path.rmdir()
 
 
+def begun(process: int) -> str | None:
+    """When a process began, in the system's ticks and only to be compared; None if it is not there or not told.
+
+    A process id is given again once its process has gone; together with this it is one process's alone.
+    """
+    try:
+        told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    # Behind the name in brackets, which may hold anything, the twentieth field (proc(5), starttime).
+    return told.rpartition(")")[2].split()[19]
+
+
+def _claimant() -> str:
+    since = begun(os.getpid())
+    return f"process {os.getpid()} on {socket.gethostname()}" + (f", begun at {since}" if since else "")
+
+
 def _remove_half_written(path: Path) -> None:
     for entry in [*path.iterdir()]:
-        if entry.name == _HOLDER or _HALF_WRITTEN.fullmatch(entry.name):
+        if entry.name == HOLDER or _HALF_WRITTEN.fullmatch(entry.name):
             entry.unlink()
     remove_leftovers(path / CHECKPOINTS)
 

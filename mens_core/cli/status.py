@@ -13,8 +13,8 @@ __all__ = ["add_arguments", "run"]
 
 _DESCRIPTION = """\
 Says how a run stands: its state, the step it has reached, loss, speed, time left, memory beside the plan's, held-out
-losses and the last checkpoint. Of a run that died (its manifest says running, its process is gone) it says so, and what
-to do. Ends with exit code 1 if the run died or failed. Writes nothing and takes no lock."""
+losses, the last checkpoint and the guards. Of a run that died (its manifest says running, its process is gone) it says
+so, and what to do. Ends with exit code 1 if the run died or failed. Writes nothing and takes no lock."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

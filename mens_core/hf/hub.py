@@ -13,7 +13,7 @@ from mens_core.hf.header import TensorInfo
 from mens_core.hf.inventory import Inventory, decoder_linears
 from mens_core.hf.layout import Layout
 
-__all__ = ["LAB_BASE", "find_model", "hub_inventory"]
+__all__ = ["LAB_BASE", "commit_of", "find_model", "hub_inventory"]
 
 LAB_BASE = "lab-base"
 
@@ -59,6 +59,12 @@ def find_model(model: str | None, revision: str | None, *, weights: bool = True)
             expected="a folder with config.json, tokenizer.json and *.safetensors, or a hub id such as owner/name",
         )
     return model, _download(model, revision, (*_SMALL, *_WEIGHTS) if weights else _SMALL)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a model was downloaded at, by which the hub's client names its folder; None of other folders."""
+    named = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    return folder.name if named else None
 
 
 def hub_inventory(repository: str, revision: str | None, folder: Path, layout: Layout | None) -> Inventory:

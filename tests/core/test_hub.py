@@ -1,5 +1,6 @@
 """Hub ids: real loading code, tried offline against a cache laid out as the hub client lays it out."""
 
+import json
 import shutil
 
 import folders
@@ -11,7 +12,7 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 
 from mens_core import Planner
 from mens_core.errors import ModelError
-from mens_core.hf.hub import LAB_BASE, find_model
+from mens_core.hf.hub import LAB_BASE, commit_of, find_model
 from mens_core.hf.inventory import read_inventory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,6 +35,13 @@ def cache(tmp_path, monkeypatch):
 def test_a_cached_repository_is_found_by_name_and_by_commit(cache):
     assert find_model("owner/name", None) == ("owner/name", cache)
     assert find_model("owner/name", COMMIT) == ("owner/name", cache)
+
+
+def test_the_commit_of_a_snapshot_is_known_whatever_was_asked_for(cache, tmp_path):
+    assert commit_of(find_model("owner/name", None)[1]) == COMMIT
+    assert commit_of(find_model("owner/name", "main")[1]) == COMMIT
+    for other in (tmp_path / COMMIT, tmp_path / "snapshots" / "main", cache / "adapter"):
+        assert commit_of(other) is None
 
 
 @pytest.mark.usefixtures("cache")
@@ -105,6 +113,9 @@ def test_a_plan_of_a_hub_id_asks_for_headers_and_a_run_for_the_weights(cache, tm
     result = Planner().run(model="owner/name", revision="main", **fields)
     assert asked[-1][2][-2:] == ["*.safetensors", "*.safetensors.index.json"]
     assert result.manifest["finetune_contract_digest"] == plan.contract_digest
+    # A branch was asked for; what it stood for is recorded, and is what PEFT will load.
+    assert result.manifest["base_commit"] == COMMIT
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["revision"] == COMMIT
     assert Planner().plan(model="owner/name", revision="main", **fields).weights == here.weights
 
 
