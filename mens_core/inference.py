@@ -143,6 +143,8 @@ def _adapter_fields(adapter: LoraAdapter) -> dict[str, Any]:
         try:
             contract = manifest["plan"]["contract"]
             asked = {name: contract[name] for name in _DECIDED_BY_A_RUN}
+            # What a branch stood for then, not what it stands for now.
+            asked["revision"] = manifest["base_commit"] or asked["revision"]
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"the run's manifest cannot be read: {error!r}", where=record) from error
     return {"model": adapter.base_model, **asked, **adapter.settings(), "targets": adapter.modules}

@@ -108,7 +108,7 @@ def _of_base(manifest: Mapping[str, Any]) -> Iterator[_Claim]:
 
     def base() -> Path:
         try:
-            return find_model(contract["model"], contract["revision"])[1]
+            return find_model(contract["model"], manifest["base_commit"] or contract["revision"])[1]
         except ModelError as error:
             raise FileNotFoundError(f"base to look at: {error.what}") from error
 
