@@ -166,13 +166,28 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             for file in (_ADAPTER, _OPTIMIZER, _CURVE)
         )
         state = TrainingState(adapter=adapter, optimizer=optimizer, step=int(record["optimizer_step"]))
-        if not len(curve["losses"]) == len(curve["step_seconds"]) == int(record["step"]):
-            raise ResumeError("the checkpoint's curve has not one loss a step", where=folder)
+        problem = _problem(state, curve, int(record["step"]))
+        if problem is not None:
+            raise ResumeError(f"the checkpoint's {problem}", where=folder)
     except (KeyError, TypeError, ValueError) as error:
         raise ResumeError(f"{_STATE} cannot be read: {error!r}", where=folder) from error
     except ModelError as error:
         raise ResumeError(str(error).splitlines()[0], where=folder) from error
     return Checkpoint(path=folder, state=state, record=record, curve=curve)
+
+
+def _problem(state: TrainingState, curve: Mapping[str, NDArray[np.float64]], step: int) -> str | None:
+    """What no run of ours would have saved."""
+    for name, tensor in {**state.adapter, **state.optimizer}.items():
+        if tensor.dtype != np.float32:
+            return f"{name} is of type {tensor.dtype}, not float32"
+        if not np.isfinite(tensor).all():
+            return f"{name} is not finite"
+    if not curve["losses"].shape == curve["step_seconds"].shape == (step,):
+        return "curve has not one loss a step"
+    if not (curve["step_seconds"] >= 0).all():
+        return "curve has a step of less than no time"
+    return None if 0 <= state.step <= step else f"optimizer has taken {state.step} of {step} steps"
 
 
 def keep_only(home: Path, steps: Iterable[int]) -> None:
