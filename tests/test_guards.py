@@ -280,3 +280,16 @@ def test_a_held_out_loss_that_rose_is_a_warning(asked, monkeypatch):
     assert found["numbers"] == {"before": 2.0, "after": 3.0}
     told = [event["payload"] for event in _events(asked) if event["event"] == "guard"]
     assert [(event["code"], event["severity"]) for event in told] == [("eval_loss_not_worse", "warning")]
+
+
+def test_numbers_that_the_backend_itself_loses_fail_the_run_and_leave_what_was_saved(asked):
+    # A rate at which the first update already throws the weights out of float32.
+    fields = {**asked, "learning_rate": 1e30, "schedule": "constant", "warmup_steps": 0, "checkpoint_every": 1}
+    with pytest.raises(TrainingError, match=r"finite|not a number"):
+        Planner().run(**fields)
+    manifest = _manifest(fields)
+    assert manifest["status"] == "failed"
+    assert any(not verdict["passed"] for verdict in manifest["guards"])
+    assert not (fields["output_dir"] / ADAPTER).exists()
+    for folder in (fields["output_dir"] / "checkpoints").glob("step-*"):
+        read_checkpoint(folder)
