@@ -1,5 +1,5 @@
 # Each verb creates .venv and installs what it needs; nothing outside this folder is touched.
-.PHONY: install check test acceptance torture observers fuzz demo docs bench bench-plans bench-data bench-merge bench-nf4
+.PHONY: install check test acceptance torture observers fuzz demo docs bench bench-growth bench-plans bench-data bench-merge bench-nf4
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,8 +35,11 @@ demo: $(VENV)/.torch         ## corpus → LoRA on the lab base → before and a
 docs: $(VENV)/.docs          ## the pages as a site in site/, every link checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-bench: $(VENV)/.dev          ## the measurements of benchmarks/README.md
-	$(BIN)/python benchmarks/training_step.py
+bench: $(VENV)/.dev          ## against PEFT, Trainer, bitsandbytes and the loaders: benchmarks/results.json and .png, half an hour
+	$(BIN)/python benchmarks/suite.py
+
+bench-growth: $(VENV)/.dev   ## time and memory from a thousand rows to a million, ten minutes
+	$(BIN)/python benchmarks/growth.py --picture benchmarks/growth.png
 
 bench-plans: $(VENV)/.dev    ## what a plan says against what a run takes, twenty minutes
 	$(BIN)/python benchmarks/plan_accuracy.py

@@ -126,6 +126,18 @@ def make(model: Path, variant: str, asked: argparse.Namespace) -> Step:
 
 def our_step(model: Path, rows: list[TokenRow], kernel: str, dtype: str, **fields: object) -> Step:
     """As a run takes it: the hook that trains, on a window of one batch."""
+    session, backend = open_session(model, rows, kernel, dtype, **fields)
+    window = [pack(TokenRows.of(rows))]
+
+    def step() -> float:
+        metrics = backend.step(session, window, RATE)
+        return float(metrics.loss_sum) / metrics.supervised_tokens
+
+    return step
+
+
+def open_session(model: Path, rows: list[TokenRow], kernel: str, dtype: str, **fields: object):
+    """(session, backend): a run's first moment, with room for all rows in one batch."""
     contract = FineTuneContract.from_fields(
         trains=False,
         model=str(model),
@@ -139,14 +151,7 @@ def our_step(model: Path, rows: list[TokenRow], kernel: str, dtype: str, **field
     )
     plan, backend = resolve(contract, trains=False)
     session = backend.open(plan, Batching(batch_size=len(rows), grad_accum=1, seed=0).shape(TokenRows.of(rows), 1))
-    session = backend.restore(session, initial_state(backend.state(session).adapter, seed=0))
-    window = [pack(TokenRows.of(rows))]
-
-    def step() -> float:
-        metrics = backend.step(session, window, RATE)
-        return float(metrics.loss_sum) / metrics.supervised_tokens
-
-    return step
+    return backend.restore(session, initial_state(backend.state(session).adapter, seed=0)), backend
 
 
 def peft_step(model: Path, rows: list[TokenRow], variant: str, dtype: str, *, checkpointed: bool) -> Step:

@@ -1,0 +1,134 @@
+"""All benchmarks against peers, one after the other, in under 25 minutes: figures into a file, bars into a picture.
+
+    make bench         or         python benchmarks/suite.py [--rounds 5] [--only training_step,head]
+
+Writes ``benchmarks/results.json`` (machine, versions, every figure with its goal) and ``benchmarks/results.png``. A
+figure that misses its goal is written down like any other; only a benchmark that fails ends the suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import figures
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "jax", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numba", "numpy")
+STEPS = [
+    # (shape, number format, rows, allocator, variants)
+    ("gpt2", "float32", "real", "default", "peft,grouped,torch_lora,jax_lora"),
+    ("gpt2", "float32", "real", "pages kept", "peft,grouped,torch_lora,jax_lora"),
+    ("gpt2", "bfloat16", "real", "default", "peft,grouped,torch_lora"),
+    ("gpt2", "bfloat16", "real", "pages kept", "peft,grouped,torch_lora"),
+    ("qwen", "float32", "real", "default", "peft,torch_lora"),
+    ("qwen", "bfloat16", "real", "default", "peft,peft_qlora,torch_lora,torch_qlora"),
+    ("qwen", "bfloat16", "real", "pages kept", "peft,torch_lora"),
+    ("gpt2", "bfloat16", "dense", "default", "peft,torch_lora"),
+    ("gpt2", "bfloat16", "dense", "pages kept", "peft,torch_lora"),
+]
+MEMORY = [
+    # (shape, number format, rows, ours, theirs, goal)
+    ("gpt2", "float32", "real", "torch_lora", "peft", "<= 0.15"),
+    ("gpt2", "bfloat16", "real", "torch_lora", "peft", "<= 0.15"),
+    ("qwen", "bfloat16", "real", "torch_lora", "peft", "<= 0.15"),
+    ("gpt2", "bfloat16", "dense", "torch_lora+checkpointed", "peft+checkpointed", "<= 0.35"),
+    ("qwen", "float32", "dense", "torch_lora+checkpointed", "peft+checkpointed", "<= 0.35"),
+]
+OTHERS = ("head", "compiling", "overhead", "loading", "startup", "generating")
+
+
+def main() -> None:
+    """Run, gather, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(("training_step", "memory", *OTHERS)), help="comma between")
+    asked = parser.parse_args()
+    chosen, begun = asked.only.split(","), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        collected = Path(folder) / "figures"
+        collected.touch()
+        os.environ[figures.COLLECTED] = str(collected)
+        if "training_step" in chosen:
+            steps(asked.rounds)
+        if "memory" in chosen:
+            memory()
+        for name in (name for name in OTHERS if name in chosen):
+            figures.in_child(str(HERE / f"{name}.py"), "--rounds", str(asked.rounds))
+        found = [json.loads(line) for line in collected.read_text(encoding="utf-8").splitlines()]
+    results = {
+        "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - begun),
+        "machine": machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "figures": found,
+    }
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(found, HERE / "results.png")
+    judged = [figure["reached"] for figure in found if figure["reached"] is not None]
+    print(f"{sum(judged)} of {len(judged)} goals reached, {results['seconds']} s")
+
+
+def steps(rounds: int) -> None:
+    """Training steps, each case in a process of its own with its allocator."""
+    for shape, dtype, rows, allocator, variants in STEPS:
+        words = ["--shape", shape, "--dtype", dtype, "--rows", rows, "--allocator", allocator, "--variants", variants]
+        script, settings = str(HERE / "training_step.py"), figures.ALLOCATORS[allocator]
+        figures.in_child(script, *words, "--rounds", str(rounds), environment=settings)
+
+
+def memory() -> None:
+    """Peaks above the model, each variant in a process of its own; they hardly differ from run to run, so one each."""
+    for shape, dtype, rows, ours, theirs, goal in MEMORY:
+        words = ["--shape", shape, "--dtype", dtype, "--rows", rows, "--memory"]
+        own, other = (float(figures.in_child(str(HERE / "training_step.py"), *words, name)) for name in (ours, theirs))
+        what = f"peak above the model, {shape}, {dtype}, {rows} rows, {ours}"
+        figures.state(3, what, [own], [other], f"{theirs}'s", goal)
+
+
+def machine() -> dict[str, object]:
+    """What the figures hold for."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    known = {name.strip(): value.strip() for name, value in fields.items()}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known.get("flags", "").split()]
+    return {
+        "processor": known.get("model name", platform.processor()),
+        "cores": os.cpu_count(),
+        "instructions": wide,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def draw(found: list[dict[str, object]], picture: Path) -> None:
+    """A bar for each training step against a peer: how many times as fast, with the least and the most."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = [figure for figure in found if figure["against"] in {"peft", "grouped", "peft_qlora"}][::-1]
+    if not bars:
+        return
+    kept = {"default": "", "pages kept": ", pages kept"}
+    names = [f"{bar['what']}{kept[str(bar['allocator'])]}\nagainst {bar['against']}" for bar in bars]
+    ratios = [bar["ratio"] for bar in bars]
+    reach = [[bar["ratio"] - bar["least"] for bar in bars], [bar["most"] - bar["ratio"] for bar in bars]]
+    figure, axis = plt.subplots(figsize=(9, 0.5 * len(bars) + 1), layout="constrained")
+    axis.barh(names, ratios, xerr=reach, color="#3b6ea5", ecolor="#888888")
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xlabel("times as fast")
+    axis.tick_params(axis="y", labelsize=7)
+    figure.savefig(picture, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
