@@ -23,7 +23,8 @@ from mens_core.errors import ModelError
 __all__ = ["BoundedSandbox", "EndlessTemplateError"]
 
 _MOST_STEPS = 1_000_000
-_MOST_SECONDS = 1.0
+# Of which a collection of garbage may take one or two where a process holds many objects.
+_MOST_SECONDS = 4.0
 _LONGEST, _MOST_MADE = 32_000_000, 256_000_000
 _WIDEST = 1_000_000
 _LARGEST_BITS = 4096
