@@ -31,7 +31,14 @@ Variants = Mapping[str, Callable[[], object]]
 
 
 def one_core() -> None:
-    """Stay on one core, by which every library then counts its threads; call before they are imported."""
+    """Stay on one core, by which every library then counts its threads.
+
+    Raises:
+        SystemExit: if one of them is there already: two threads of it would wait for each other on that core.
+    """
+    early = {"torch", "jax", "numpy"} & sys.modules.keys()
+    if early and not os.environ.items() >= ONE_THREAD.items():
+        raise SystemExit(f"{', '.join(sorted(early))} came before the choice of one core")
     os.environ.update(ONE_THREAD)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 
 import figures
+
+figures.one_core()
+
 import numpy as np
 import torch
 import training_step

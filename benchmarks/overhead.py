@@ -17,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import figures
+
+figures.one_core()
+
 import numpy as np
 import torch
 import training_step
