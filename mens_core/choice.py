@@ -15,10 +15,10 @@ import attrs
 from mens_core.backend import Backend
 from mens_core.contract import METHODS, FineTuneContract
 from mens_core.errors import DataError, GateError, PluginError
-from mens_core.fields import written_size
 from mens_core.hf.layout import FAMILIES, Layout
 from mens_core.plan import BaseWeights, GateVerdict, KernelOffer, Machine, Workload
 from mens_core.plugins import installed_backends, load_offers
+from mens_core.sizes import written_size
 
 __all__ = ["Choice", "Question", "choice_gates", "choose"]
 

@@ -20,6 +20,7 @@ import attrs
 
 from mens_core.errors import ContractError, ModelError
 from mens_core.patterns import check_pattern
+from mens_core.sizes import read_size
 
 __all__ = [
     "choice",
@@ -33,18 +34,10 @@ __all__ = [
     "size",
     "switch",
     "text",
-    "written_size",
 ]
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?)?b?)")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{binary}{end}": (1024 if binary else 1000) ** power
-    for power, letter in enumerate("kmgt", start=1)
-    for binary in ("", "i")
-    for end in ("", "b")
-}
 
 
 def _checked(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -117,19 +110,7 @@ def size(default: int | None, help_text: str, **extra: Any) -> Any:
             return "must be a size such as 6GiB, 800MB or a number of bytes"
         return None
 
-    return _field(default, help_text, parse=_bytes, check=check, metavar="SIZE", as_text=True, **extra)
-
-
-def written_size(count: int) -> str:
-    """A number of bytes for people, the way ``size`` reads it."""
-    return f"{count / 2**30:.2f}GiB" if count >= 2**30 else f"{count / 2**20:.0f}MiB"
-
-
-def _bytes(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip().lower())
-    if found is None:
-        raise ValueError(f"{text!r} is not a size such as 6GiB, 800MB or a number of bytes")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return _field(default, help_text, parse=read_size, check=check, metavar="SIZE", as_text=True, **extra)
 
 
 def duration(help_text: str, **extra: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mens_core.errors import harmless
-from mens_core.fields import written_size
+from mens_core.sizes import written_size
 
 __all__ = [
     "complain",

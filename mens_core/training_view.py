@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mens_core.errors import harmless
-from mens_core.fields import written_size
 from mens_core.report import duration, memory_beside_plan, say, trend
+from mens_core.sizes import written_size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

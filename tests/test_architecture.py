@@ -79,12 +79,20 @@ def test_no_framework_is_imported_before_a_backend_is_chosen(code):
     assert not set(HEAVY) & set(_imported_by(code))
 
 
+def _foreign(code):
+    """Distributions, and this one, that a fresh interpreter has loaded after running ``code``."""
+    bare, loaded = ({name.partition(".")[0] for name in _imported_by(words)} for words in ("", code))
+    return loaded - bare - sys.stdlib_module_names
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_waits_for_nothing_heavier_than_attrs_and_orjson(verb):
     # What it loads and not what it takes: a clock on a busy machine says little. Some 60 ms, a bare Python 15.
-    bare = {name.partition(".")[0] for name in _imported_by("")}
-    loaded = {name.partition(".")[0] for name in _imported_by(_help_of(verb))}
-    assert loaded - bare - sys.stdlib_module_names <= {"attr", "attrs", "mens_core", "orjson"}
+    assert _foreign(_help_of(verb)) <= {"attr", "attrs", "mens_core", "orjson"}
+
+
+def test_the_list_of_verbs_waits_for_nothing_at_all():
+    assert _foreign(_help_of("--help")) == {"mens_core"}
 
 
 def test_the_jax_backend_imports_no_torch():
