@@ -94,6 +94,6 @@ def test_a_run_that_changes_nothing_does_not_pass(
     assert broken >= {
         "the held-out loss fell by 0.05",
         "verify: base, model.safetensors",
-        "every line is {ts_ms, event, payload}",
+        "every line is what the telemetry schema says",
         "the last event is a good end",
     }
