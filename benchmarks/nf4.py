@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-KEPT = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+import figures
+
 SHAPE = (4096, 4096)
 
 Variants = dict[str, Callable[[], object]]
@@ -46,7 +47,7 @@ def main() -> None:
             print(f"first weight, {what}: ", end="", flush=True)
             _child(arguments, "first", {"NUMBA_CACHE_DIR": folder})
     for threads in arguments.threads.split(","):
-        for allocator, setting in (("default", {}), ("pages kept", {"GLIBC_TUNABLES": KEPT})):
+        for allocator, setting in figures.ALLOCATORS.items():
             print(f"threads {threads}, allocator {allocator}", flush=True)
             _child(arguments, "bytes", {"OMP_NUM_THREADS": threads, **setting})
     if arguments.step_rounds:
@@ -117,7 +118,7 @@ def _compare(
     what: str, variants: Variants, rounds: int, clock: Callable[[], float], ratios: Sequence[tuple[str, str]]
 ) -> None:
     """Take turns and print billions of weights a second, and how many times faster one is than the other."""
-    spent = _turns(variants, rounds, clock)
+    spent = figures.in_turns(variants, rounds, clock)
     numbers = SHAPE[0] * SHAPE[1] / 1e9
     speeds = ", ".join(f"{name} {numbers / statistics.median(spent[name]):.2f}" for name in variants)
     print(f"  {what}, 1e9 weights/s: {speeds}")
@@ -127,18 +128,6 @@ def _compare(
             f"  FIGURE nf4 {what}: {own} {statistics.median(found):.2f} x {base} [{found[0]:.2f} {found[-1]:.2f}]",
             flush=True,
         )
-
-
-def _turns(variants: Variants, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    spent: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for turn in range(-1, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            begun = clock()
-            variants[name]()
-            if turn >= 0:
-                spent[name].append(clock() - begun)
-    return spent
 
 
 def _step(arguments: argparse.Namespace) -> None:
@@ -154,7 +143,7 @@ def _step(arguments: argparse.Namespace) -> None:
                 method: training_step.our_step(model, rows, f"{backend}_{method}", "float32")
                 for method in ("lora", "qlora")
             }
-            spent = _turns(dict(steps), arguments.step_rounds, time.process_time)
+            spent = figures.in_turns(steps, arguments.step_rounds)
             found = sorted(qlora / lora for qlora, lora in zip(spent["qlora"], spent["lora"], strict=True))
             print(
                 f"FIGURE nf4 step {backend}: QLoRA {statistics.median(found):.3f} x LoRA "
