@@ -71,7 +71,7 @@ class LoraLinear(nn.Module):
         if not torch.is_grad_enabled():
             # A token at a time, a node that nobody asks for slopes would be a thirtieth of the work.
             return _product(*given)[0]
-        product: Array = _LoraProduct.apply(*given)  # type: ignore[no-untyped-call]
+        product: Array = _lora_product(*given)  # type: ignore[no-untyped-call]
         return product
 
 
@@ -157,7 +157,7 @@ def _product(
         return y, None
     rows = x.reshape(-1, x.shape[-1])
     entered = rows if dropout is None else rows * dropout.kept(rows)
-    down = entered @ lora_a.to(x.dtype).t()
+    down = functional.linear(entered, lora_a.to(x.dtype))
     y.view(-1, y.shape[-1]).addmm_(down, lora_b.to(x.dtype).t(), alpha=_scale(scale, dropout))
     return y, down
 
@@ -183,23 +183,28 @@ class _LoraProduct(torch.autograd.Function):
     ) -> Array:
         y, down = _product(x, weight, bias, lora_a, lora_b, scale, dropout)
         ctx.weight, ctx.shape, ctx.dropout, ctx.scale = weight, x.shape, dropout, _scale(scale, dropout)
-        ctx.rank = lora_a.shape[0]
-        if ctx.rank:
+        ctx.adapted = down is not None
+        if ctx.adapted:
             ctx.save_for_backward(x.reshape(-1, x.shape[-1]), down, lora_a, lora_b)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, Array | None, Array | None, None, None]:
-        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        dy, scale = grads[0].reshape(-1, grads[0].shape[-1]), ctx.scale
         dx = dy @ _dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
-        if ctx.rank:
-            rows, down, lora_a, lora_b = ctx.saved_tensors
-            up = (dy @ lora_b.to(dy.dtype)).mul_(ctx.scale)
+        if ctx.adapted:
+            rows, down, *factors = ctx.saved_tensors
+            lora_a, lora_b = (factor.to(dy.dtype) for factor in factors)
+            up = dy @ lora_b
             kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
-            grad_a = (up.t() @ (rows if kept is None else rows * kept)).float()
-            grad_b = (dy.t() @ down).float().mul_(ctx.scale)
+            # With beta 0 the first is read for its shape alone; s is multiplied in where the product is summed up.
+            grad_a = torch.addmm(lora_a, up.t(), rows if kept is None else rows * kept, beta=0, alpha=scale).float()
+            grad_b = torch.addmm(lora_b, dy.t(), down, beta=0, alpha=scale).float()
             if dx is not None:
-                back = lora_a.to(dy.dtype)
-                dx = dx.addmm_(up, back) if kept is None else dx.addcmul_(up @ back, kept)
+                dx = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
         return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None, None
+
+
+# Function.apply looks for wrappers of functorch in every argument, a twentieth of a tiny model's step; none comes here.
+_lora_product = super(torch.autograd.Function, _LoraProduct).apply

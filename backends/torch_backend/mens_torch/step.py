@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor as Array
+from torch import nn
 from torch.nn import functional
 
 from mens_core.errors import ContractError, DataError, ModelError
@@ -43,14 +44,16 @@ class Session:
     Attributes:
         plan: what is being done.
         model: the base with its adapter.
-        parameters: shared name → float32 master of A or B.
-        optimizer: AdamW over ``parameters``, its moments and counters always in place.
+        parameters: shared name → float32 master of A or B, a view into ``trained``.
+        trained: all parameters end to end, (P,) float32, as ``trained.grad`` holds all gradients.
+        optimizer: AdamW over ``trained``, its moments and counter always in place.
         fresh_since: the step at which the moments were last zero; None once they were restored.
     """
 
     plan: ExecutionPlan
     model: Model
     parameters: dict[str, Array]
+    trained: nn.Parameter
     optimizer: torch.optim.AdamW
     fresh_since: int | None = 0
 
@@ -87,22 +90,20 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
     parameters: dict[str, Array] = {}
     for path, layer in model.adapters.items():
         parameters[f"{path}.lora_A.weight"], parameters[f"{path}.lora_B.weight"] = layer.lora_a, layer.lora_b
+    trained = _joined(parameters)
     optimizer = torch.optim.AdamW(
-        parameters.values(),
+        [trained],
         lr=plan.contract.training.learning_rate,
         betas=(0.9, 0.999),
         eps=1e-8,
         weight_decay=plan.contract.training.weight_decay,
         fused=True,
     )
-    for parameter in parameters.values():
-        # A layer that a batch does not reach has gradient zero, not none: every backend then counts alike.
-        parameter.grad = torch.zeros_like(parameter)
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            **{moment: torch.zeros_like(parameter) for moment in _MOMENTS},
-        }
-    return Session(plan=plan, model=model, parameters=parameters, optimizer=optimizer)
+    optimizer.state[trained] = {
+        "step": torch.zeros((), dtype=torch.float32, device=trained.device),
+        **{moment: torch.zeros_like(trained) for moment in _MOMENTS},
+    }
+    return Session(plan=plan, model=model, parameters=parameters, trained=trained, optimizer=optimizer)
 
 
 def forward(session: Session, batch: Batch) -> NDArray[np.float32]:
@@ -161,16 +162,12 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
 
 def state(session: Session) -> TrainingState:
     """Copy adapter and optimizer out; the copy does not change when training goes on."""
-    moments = [(name, session.optimizer.state[parameter]) for name, parameter in session.parameters.items()]
-    taken = _taken(session)
-    fresh = session.fresh_since is not None and session.fresh_since == taken
-    return TrainingState(
-        adapter={name: _copied_out(parameter) for name, parameter in session.parameters.items()},
-        optimizer={}
-        if fresh
-        else {f"{name}.{moment}": _copied_out(found[moment]) for name, found in moments for moment in _MOMENTS},
-        step=taken,
-    )
+    taken, optimizer = _taken(session), dict[str, NDArray[np.float32]]()
+    if session.fresh_since is None or session.fresh_since != taken:
+        for moment, parts in _moments(session).items():
+            optimizer |= {f"{name}.{moment}": _copied_out(part) for name, part in parts.items()}
+    adapter = {name: _copied_out(parameter) for name, parameter in session.parameters.items()}
+    return TrainingState(adapter=adapter, optimizer=optimizer, step=taken)
 
 
 def restore(session: Session, state: TrainingState) -> Session:
@@ -194,13 +191,13 @@ def restore(session: Session, state: TrainingState) -> Session:
     with torch.no_grad():
         for name, parameter in session.parameters.items():
             parameter.copy_(torch.tensor(state.adapter[name]))
-            found = session.optimizer.state[parameter]
-            found["step"].fill_(state.step)
-            for moment in _MOMENTS:
+        for moment, parts in _moments(session).items():
+            for name, part in parts.items():
                 if state.optimizer:
-                    found[moment].copy_(torch.tensor(state.optimizer[f"{name}.{moment}"]))
+                    part.copy_(torch.tensor(state.optimizer[f"{name}.{moment}"]))
                 else:
-                    found[moment].zero_()
+                    part.zero_()
+        session.optimizer.state[session.trained]["step"].fill_(state.step)
     session.fresh_since = None if state.optimizer else state.step
     return session
 
@@ -241,15 +238,14 @@ def _dropped_loss_sum(session: Session, batch: Batch, dropout: Dropout | None) -
 
 def _taken(session: Session) -> int:
     """Optimizer steps taken; where they are counted on a device, this waits for it."""
-    parameter = next(iter(session.parameters.values()))
-    return int(session.optimizer.state[parameter]["step"])
+    return int(session.optimizer.state[session.trained]["step"])
 
 
 def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: float) -> Array:
     """One AdamW update from the summed gradients; returns the mean gradient's global norm, () float32."""
     optimizer: Any = session.optimizer
-    grads = [parameter.grad for parameter in session.parameters.values() if parameter.grad is not None]
-    norm: Array = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / supervised  # noqa: SLF001
+    gradient: Any = session.trained.grad
+    norm: Array = torch.linalg.vector_norm(gradient) / supervised
     clip = (session.plan.contract.training.max_grad_norm / norm).clamp(max=1.0)
     # The fused kernel divides by the one and does nothing at all where the other is 1; both stay on the device.
     optimizer.grad_scale = supervised / clip
@@ -257,8 +253,35 @@ def _update(session: Session, loss_sum: Array, supervised: int, learning_rate: f
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    torch._foreach_zero_(grads)
+    gradient.zero_()
     return norm
+
+
+def _joined(parameters: Mapping[str, Array]) -> nn.Parameter:
+    """All parameters in one vector and all gradients in another, of which they become views.
+
+    An update is then a few operations however many layers there are, and a layer that a batch does not reach has
+    gradient zero, not none: every backend counts alike.
+    """
+    vector = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters.values()]))
+    vector.grad = torch.zeros_like(vector)
+    values, slopes = _parts(parameters, vector.detach()), _parts(parameters, vector.grad)
+    for name, parameter in parameters.items():
+        parameter.data, parameter.grad = values[name], slopes[name]
+    return vector
+
+
+def _parts(parameters: Mapping[str, Array], vector: Array) -> dict[str, Array]:
+    """Shared name → view into the vector."""
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    parts = zip(parameters.items(), torch.split(vector, sizes), strict=True)
+    return {name: part.view(parameter.shape) for (name, parameter), part in parts}
+
+
+def _moments(session: Session) -> dict[str, dict[str, Array]]:
+    """Moment → shared name → view into it."""
+    found = session.optimizer.state[session.trained]
+    return {moment: _parts(session.parameters, found[moment]) for moment in _MOMENTS}
 
 
 def _misfits(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, NDArray[np.float32]]) -> list[str]:
