@@ -10,9 +10,11 @@ Names are resolved when they are first used, so that importing the package costs
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # Type checkers know the name; importing typing for it would be most of this import's time.
 if TYPE_CHECKING:
+    from typing import Any
+
     from mens_core.acceptance.gate import run_gate
     from mens_core.artifacts.compare import compare_adapters
     from mens_core.artifacts.convert import convert_adapter

@@ -17,7 +17,7 @@ from mens_core.contract import METHODS, FineTuneContract
 from mens_core.errors import DataError, GateError, PluginError
 from mens_core.hf.layout import FAMILIES, Layout
 from mens_core.plan import BaseWeights, GateVerdict, KernelOffer, Machine, Workload
-from mens_core.plugins import installed_backends, load_offers
+from mens_core.plugins import backend_names, load_offers
 from mens_core.sizes import written_size
 
 __all__ = ["Choice", "Question", "choice_gates", "choose"]
@@ -122,7 +122,7 @@ class _Answer:
 
 def _names(question: Question) -> list[str]:
     wanted = question.contract.compute.backend
-    return [info.name for info in installed_backends()] if wanted == "auto" else [wanted]
+    return list(backend_names()) if wanted == "auto" else [wanted]
 
 
 def _answer(question: Question, name: str) -> _Answer:
@@ -153,9 +153,9 @@ def _not_taken(question: Question, chosen: _Answer, answers: Sequence[_Answer]) 
     first = f"{chosen.kernel} comes first and can do the run" if wanted == "auto" else f"backend {wanted} is asked for"
     return {
         kernel: obstacles.get(kernel, first if way == method else f"method {method} is asked for")
-        for info in installed_backends()
+        for name in backend_names()
         for way in METHODS
-        if (kernel := f"{info.name}_{way}") != chosen.kernel
+        if (kernel := f"{name}_{way}") != chosen.kernel
     }
 
 

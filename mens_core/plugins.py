@@ -39,6 +39,7 @@ __all__ = [
     "PLUGINS",
     "BackendInfo",
     "add_observers",
+    "backend_names",
     "check_observers",
     "installed_backends",
     "load_backend",
@@ -78,9 +79,12 @@ class BackendInfo:
 
 def installed_backends() -> tuple[BackendInfo, ...]:
     """Every backend any installed distribution offers, in the planner's order: torch, jax, then by name."""
-    found = [_describe(entry) for entry in importlib.metadata.entry_points(group=BACKENDS)]
-    order = {name: place for place, name in enumerate(_BUILT_IN)}
-    return tuple(sorted(found, key=lambda info: (order.get(info.name, len(order)), info.name, info.distribution)))
+    return tuple(_describe(entry) for entry in _backends())
+
+
+def backend_names() -> tuple[str, ...]:
+    """Their names, in the same order; what they need is not looked at, which takes longer than all else here."""
+    return tuple(entry.name for entry in _backends())
 
 
 def load_backend(name: str) -> Backend:
@@ -168,11 +172,19 @@ def _loaded(info: BackendInfo, entries: Sequence[importlib.metadata.EntryPoint])
     return Backend(name=info.name, plugin=f"{info.distribution} {info.version}", manager=manager)
 
 
+def _backends() -> list[importlib.metadata.EntryPoint]:
+    order = {name: place for place, name in enumerate(_BUILT_IN)}
+    return sorted(
+        importlib.metadata.entry_points(group=BACKENDS),
+        key=lambda entry: (order.get(entry.name, len(order)), entry.name, entry.dist.name if entry.dist else ""),
+    )
+
+
 def _single(name: str) -> BackendInfo:
-    infos = installed_backends()
-    matching = [info for info in infos if info.name == name]
+    entries = _backends()
+    matching = [_describe(entry) for entry in entries if entry.name == name]
     if not matching:
-        names = [info.name for info in infos]
+        names = [entry.name for entry in entries]
         close = difflib.get_close_matches(name, names, n=1)
         raise UnknownBackendError(
             f"there is no backend {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
@@ -261,7 +273,7 @@ def _describe(entry: importlib.metadata.EntryPoint) -> BackendInfo:
 
 def _is_installed(name: str) -> bool:
     try:
-        importlib.metadata.version(name)
+        importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return False
     return True

@@ -93,6 +93,9 @@ def test_help_waits_for_nothing_heavier_than_attrs_and_orjson(verb):
 
 def test_the_list_of_verbs_waits_for_nothing_at_all():
     assert _foreign(_help_of("--help")) == {"mens_core"}
+    loaded = _imported_by(_help_of("--help"))
+    assert [name for name in loaded if name.startswith("mens_core")] == ["mens_core", "mens_core.cli"]
+    assert "typing" not in loaded
 
 
 def test_the_jax_backend_imports_no_torch():

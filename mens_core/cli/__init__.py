@@ -1,22 +1,21 @@
 """The command line: one module per verb, imported only when its verb is called.
 
 A verb module has ``add_arguments(parser)`` and ``run(arguments) -> int``, the exit code. An error of this project
-is printed as ``error: …`` and ends with exit code 2; ``--debug`` shows the trace.
+is printed as ``error: …`` and ends with exit code 2; ``--debug`` shows the trace. The list of verbs waits for argparse
+alone, which takes most of the 40 ms until it is there.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
-import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
 
-from mens_core import report
-from mens_core.cli.signals import EXIT_CODES, raise_at_once
-from mens_core.errors import MensError
+TYPE_CHECKING = False  # Every checker knows the name, and typing is not imported for it.
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+    from typing import NoReturn
 
 __all__ = ["VERBS", "main"]
 
@@ -54,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
     """Words that are not understood end like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        report.complain(f"error: {message}\n  to mend it: {self.prog} --help")
+        _module("calling").complain_of(message, self.prog)
         sys.exit(2)
 
 
@@ -71,20 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parse(words)
     arguments.words = words
-    former = signal.signal(signal.SIGTERM, raise_at_once)
-    try:
-        return int(arguments.run(arguments))
-    except KeyboardInterrupt as interrupt:
-        report.complain("interrupted")
-        # Without a name it is Python's own, for SIGINT.
-        return EXIT_CODES.get(str(interrupt), EXIT_CODES["SIGINT"])
-    except MensError as error:
-        if arguments.debug:
-            raise
-        report.complain(f"error: {error}")
-        return 2
-    finally:
-        signal.signal(signal.SIGTERM, former)
+    return int(_module("calling").call(arguments))
+
+
+def _module(name: str) -> ModuleType:
+    """Of this package, imported now."""
+    return importlib.import_module(f"mens_core.cli.{name}")
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -104,9 +95,11 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             description=f"{purpose[0].upper()}{purpose[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            # Of a verb that is not called nobody reads the help.
+            add_help=verb == called,
         )
         if verb == called:
-            module = importlib.import_module(f"mens_core.cli.{_MODULES.get(verb, verb.replace('-', '_'))}")
+            module = _module(_MODULES.get(verb, verb.replace("-", "_")))
             module.add_arguments(verb_parser)
             verb_parser.add_argument("--debug", action="store_true", help="show the full trace of an error")
             verb_parser.set_defaults(run=module.run, parser=verb_parser)
@@ -117,9 +110,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Read the words; an unknown flag is an error that names the nearest one of its verb."""
     arguments, unknown = _parser(words).parse_known_args(words)
     if unknown:
-        known = _flags(arguments.parser)
-        close = [flag for word in unknown for flag in difflib.get_close_matches(word.partition("=")[0], known, n=1)]
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = _module("calling").nearest_flag(unknown, _flags(arguments.parser))
+        hint = f"; did you mean {close}?" if close else ""
         arguments.parser.error(f"there is no flag {unknown[0]}{hint}")
     return arguments
 
