@@ -11,12 +11,13 @@ import pytest
 import references
 import tiny
 import tolerances
-from mens_jax import attention, step
+from flax import nnx
+from mens_jax import attention, decode, step
 from mens_jax._packing import Rows, fill, stack
 from mens_jax._sizes import Buckets, Size
 
 from mens_core.contract import FineTuneContract
-from mens_core.exchange import BatchShape, TrainingState
+from mens_core.exchange import BatchShape, GenerateSettings, TrainingState
 from mens_core.hf.layout import read_layout
 from mens_core.plugins import load_backend
 
@@ -273,3 +274,27 @@ def test_what_fills_a_stack_up_to_its_largest_rank_stays_zero(backend, folders):
         assert not lora_b[0, :, 4:].any()
         assert lora_a[0, :4].all()
         assert lora_a[1].all()
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_layers_apart_and_the_scan_of_accelerators_decode_the_same_tokens(backend, folders, method, monkeypatch):
+    session = backend.open(tiny.plan_for(backend, folders["qwen2"], method=method), tiny.SHAPE)
+    adapter = tiny.random_adapter(backend.state(session).adapter)
+    session = backend.restore(session, TrainingState(adapter=adapter, optimizer={}, step=0))
+    settings = GenerateSettings(max_new_tokens=12, stop_tokens=())
+    apart = backend.generate(session, [5, 17, 80], settings)
+    monkeypatch.setattr(decode, "_layers_apart", lambda _: None)
+    assert backend.generate(session, [5, 17, 80], settings) == apart
+
+
+def test_layers_apart_lie_where_their_stack_does(backend, folders):
+    session = backend.open(tiny.plan_for(backend, folders["qwen2"]), tiny.SHAPE)
+    model = nnx.merge(session.graph, session.frozen, session.unravel(session.trained.adapter))
+    stack = np.asarray(model.decoder.blocks.mlp.up_proj.weight.get_value())
+    layers = decode._layers_apart(model)
+    assert len(layers) == len(stack)
+    for layer, weight in zip(layers, stack, strict=True):
+        assert np.shares_memory(np.asarray(layer.mlp.up_proj.weight.get_value()), weight)

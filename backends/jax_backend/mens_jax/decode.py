@@ -3,6 +3,7 @@
 ::
 
     prompt ─▶ _begin: all its tokens at once ─▶ cache, first token ─▶ _go_on: token by token, as far as it is told
+                      by a scan over the layers                        on a CPU each layer by itself
 
 Where somebody listens it is told to go one token further each time, else to the end at once.
 
@@ -13,8 +14,9 @@ Shape letters: M places of the cache, T tokens, H query heads, K key/value heads
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,15 +68,16 @@ def generate(
     ids = np.zeros(width, np.int32)
     ids[: len(prompt)] = prompt
     weights = session.frozen, session.unravel(session.trained.adapter)
+    layers = _layers_apart(nnx.merge(session.graph, *weights))
     places = layout.num_layers, max(width, rounded_up(longest)), layout.num_kv_heads, layout.head_dim
     length, stops = np.int32(len(prompt)), _stops(settings.stop_tokens)
-    answer = _begin(session.graph, places, *weights, ids, length, stops)
+    answer = _begin(session.graph, places, layers is not None, *weights, ids, length, stops)
     if on_token is None:
-        answer = _go_on(session.graph, *weights, answer, np.int32(settings.max_new_tokens), length, stops)
+        answer = _go_on(session.graph, *weights, layers, answer, np.int32(settings.max_new_tokens), length, stops)
         return _tokens(answer)
     on_token(_tokens(answer)[-1])
     while int(answer.length) < settings.max_new_tokens and not bool(answer.stopped):
-        answer = _go_on(session.graph, *weights, answer, np.int32(answer.length + 1), length, stops)
+        answer = _go_on(session.graph, *weights, layers, answer, np.int32(answer.length + 1), length, stops)
         on_token(_tokens(answer)[-1])
     return _tokens(answer)
 
@@ -92,25 +95,47 @@ def _stops(tokens: tuple[int, ...]) -> NDArray[np.int32]:
 
 
 class _Cache(NamedTuple):
-    """Keys and values of every layer, (layers, M, K, E) each."""
+    """Keys and values of a layer, (M, K, E) each; with the layers in front where they are stacked."""
 
     key: Array
     value: Array
 
 
+_Layers: TypeAlias = "tuple[nnx.State, ...] | None"
+_Caches: TypeAlias = "tuple[_Cache, ...] | _Cache"
+
+
 class _Answer(NamedTuple):
     """The loop's state: the cache, the tokens so far (M,), their number, and whether a stop token was met."""
 
-    cache: _Cache
+    cache: _Caches
     tokens: Array
     length: Array
     stopped: Array
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layers_apart(model: Model) -> _Layers:
+    """On a CPU, each layer's arrays as views into the stacks; elsewhere None.
+
+    Where a scan takes a layer out of its stack XLA copies it on a CPU, which for a single token takes twice as long
+    as the products with it.
+    """
+    leaves, structure = jax.tree.flatten(nnx.state(model.decoder.blocks))
+    device = next(iter(leaves[0].devices()))
+    if device.platform != "cpu":
+        return None
+    stacks = [np.asarray(leaf) for leaf in leaves]
+    layers = range(len(stacks[0]))
+    return tuple(
+        jax.tree.unflatten(structure, [jax.device_put(stack[layer], device) for stack in stacks]) for layer in layers
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(
     graph: nnx.GraphDef[Model],
     cache_shape: tuple[int, int, int, int],
+    apart: bool,
     frozen: nnx.State,
     adapter: nnx.State,
     prompt: Array,
@@ -120,16 +145,19 @@ def _begin(
     model = nnx.merge(graph, adapter, frozen)
     empty, zero = jnp.zeros(cache_shape, model.head.dtype), jnp.zeros((), jnp.int32)
     hidden, cache = _extend(model, _Cache(empty, empty), prompt, zero)
+    if apart:
+        cache = tuple(jax.tree.map(operator.itemgetter(layer), cache) for layer in range(cache_shape[0]))
     start = _Answer(cache, jnp.zeros(cache_shape[1], jnp.int32), zero, stopped=zero > 0)
     return _append(model, start, cache, hidden[length - 1], stops)
 
 
 # The cache is changed where it is.
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _go_on(
     graph: nnx.GraphDef[Model],
     frozen: nnx.State,
     adapter: nnx.State,
+    layers: _Layers,
     answer: _Answer,
     most: Array,
     length: Array,
@@ -140,19 +168,21 @@ def _go_on(
 
     def one_more(answer: _Answer) -> _Answer:
         last = answer.tokens[answer.length - 1][None]
-        hidden, cache = _extend(model, answer.cache, last, length + answer.length - 1)
+        hidden, cache = _extend(model, answer.cache, last, length + answer.length - 1, layers)
         return _append(model, answer, cache, hidden[0], stops)
 
     return lax.while_loop(lambda answer: (answer.length < most) & ~answer.stopped, one_more, answer)
 
 
-def _append(model: Model, answer: _Answer, cache: _Cache, hidden: Array, stops: Array) -> _Answer:
+def _append(model: Model, answer: _Answer, cache: _Caches, hidden: Array, stops: Array) -> _Answer:
     token = dot(hidden, model.head.T, jnp.float32).argmax().astype(jnp.int32)
     tokens = answer.tokens.at[answer.length].set(token)
     return _Answer(cache, tokens, answer.length + 1, (stops == token).any())
 
 
-def _extend(model: Model, cache: _Cache, input_ids: Array, start: Array) -> tuple[Array, _Cache]:
+def _extend(
+    model: Model, cache: _Caches, input_ids: Array, start: Array, layers: _Layers = None
+) -> tuple[Array, _Caches]:
     """Run tokens that follow ``start`` earlier ones: their hidden states (T, D) and the longer cache.
 
     Tokens that only fill up the prompt's shape come last; what they leave in the cache is overwritten before any
@@ -174,8 +204,15 @@ def _extend(model: Model, cache: _Cache, input_ids: Array, start: Array) -> tupl
 
         return block(hidden, rotary, attend), longer
 
-    hidden, cache = scan_blocks(model.decoder.blocks, hidden, run, cache)
-    return model.decoder.norm_out(hidden), cache
+    blocks = model.decoder.blocks
+    if layers is None:
+        hidden, longer = scan_blocks(blocks, hidden, run, cache)
+        return model.decoder.norm_out(hidden), longer
+    graph, parts = nnx.graphdef(blocks), list[_Cache]()
+    for weights, layer in zip(layers, cast("tuple[_Cache, ...]", cache), strict=True):
+        hidden, part = run(nnx.merge(graph, weights), hidden, layer)
+        parts.append(part)
+    return model.decoder.norm_out(hidden), tuple(parts)
 
 
 def _attend_cached(query: Array, cache: _Cache, positions: Array, scale: float, window: Array | None) -> Array:
