@@ -44,13 +44,15 @@ def one_core() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-def in_turns(variants: Variants, rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
+def in_turns(
+    variants: Variants, rounds: int, clock: Callable[[], float] = time.process_time, *, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each variant in each round; a round runs all of them, each time beginning with another.
 
-    Every variant runs once before the rounds, uncounted.
+    Every variant runs once before the rounds, uncounted, but where all of them are ``warm`` from before.
     """
     names, spent = list(variants), {name: list[float]() for name in variants}
-    for turn in range(-1, rounds):
+    for turn in range(0 if warm else -1, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             begun = clock()
             variants[name]()

@@ -114,8 +114,6 @@ def session(model: Path, kernel: str):
         import jax
 
         jax.numpy.zeros(1).block_until_ready()
-    else:
-        pass
     if kernel.endswith("qlora"):
         from mens_core import nf4
         from mens_core.exchange import NF4Spec

@@ -25,8 +25,8 @@ PACKAGES = ("torch", "jax", "transformers", "peft", "bitsandbytes", "accelerate"
 STEPS = [
     # (shape, number format, rows, allocator, variants)
     ("gpt2", "float32", "real", "default", "peft,grouped,torch_lora,jax_lora"),
-    ("gpt2", "float32", "real", "pages kept", "peft,grouped,torch_lora,jax_lora"),
-    ("gpt2", "bfloat16", "real", "default", "peft,grouped,torch_lora"),
+    ("gpt2", "float32", "real", "pages kept", "peft,grouped,torch_lora"),
+    ("gpt2", "bfloat16", "real", "default", "peft,grouped,peft_qlora,torch_lora,torch_qlora"),
     ("gpt2", "bfloat16", "real", "pages kept", "peft,grouped,torch_lora"),
     ("qwen", "float32", "real", "default", "peft,torch_lora"),
     ("qwen", "bfloat16", "real", "default", "peft,peft_qlora,torch_lora,torch_qlora"),
@@ -36,11 +36,9 @@ STEPS = [
 ]
 MEMORY = [
     # (shape, number format, rows, ours, theirs, goal)
-    ("gpt2", "float32", "real", "torch_lora", "peft", "<= 0.15"),
     ("gpt2", "bfloat16", "real", "torch_lora", "peft", "<= 0.15"),
     ("qwen", "bfloat16", "real", "torch_lora", "peft", "<= 0.15"),
     ("gpt2", "bfloat16", "dense", "torch_lora+checkpointed", "peft+checkpointed", "<= 0.35"),
-    ("qwen", "float32", "dense", "torch_lora+checkpointed", "peft+checkpointed", "<= 0.35"),
 ]
 OTHERS = ("head", "compiling", "overhead", "loading", "startup", "generating")
 

@@ -215,7 +215,7 @@ def compare(steps: dict[str, Step], asked: argparse.Namespace) -> None:
         raise SystemExit(f"the losses differ, so there is nothing to compare: {losses}")
     # Under the Qwen shape half of PEFT's time goes to fresh pages; with pages kept, user time leaves them out.
     user_time = asked.shape == "qwen" and asked.allocator == "pages kept"
-    spent = figures.in_turns(steps, asked.rounds, user_seconds if user_time else time.process_time)
+    spent = figures.in_turns(steps, asked.rounds, user_seconds if user_time else time.process_time, warm=True)
     layers = f" of {asked.layers} layers" if asked.layers else ""
     case = f"{asked.shape}{layers}, {asked.dtype}, {asked.rows} rows{', user time' if user_time else ''}"
     tokens = sum(LENGTHS[asked.rows])
