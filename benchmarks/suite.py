@@ -2,8 +2,9 @@
 
     make bench         or         python benchmarks/suite.py [--rounds 5] [--only training_step,head]
 
-Writes ``benchmarks/results.json`` (machine, versions, every figure with its goal) and ``benchmarks/results.png``. A
-figure that misses its goal is written down like any other; only a benchmark that fails ends the suite.
+Writes ``benchmarks/results.json`` (machine, versions, every figure with its goal), the same as a table for people,
+``results.md``, and as bars, ``results.png``. A figure that misses its goal is written down like any other; only a
+benchmark that fails ends the suite.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import figures
 
@@ -36,6 +38,7 @@ STEPS = [
 ]
 MEMORY = [
     # (shape, number format, rows, ours, theirs, goal)
+    ("gpt2", "float32", "real", "torch_lora", "peft", "<= 0.15"),
     ("gpt2", "bfloat16", "real", "torch_lora", "peft", "<= 0.15"),
     ("qwen", "bfloat16", "real", "torch_lora", "peft", "<= 0.15"),
     ("gpt2", "bfloat16", "dense", "torch_lora+checkpointed", "peft+checkpointed", "<= 0.35"),
@@ -69,6 +72,7 @@ def main() -> None:
         "figures": found,
     }
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (HERE / "results.md").write_text(page(results), encoding="utf-8")
     draw(found, HERE / "results.png")
     judged = [figure["reached"] for figure in found if figure["reached"] is not None]
     print(f"{sum(judged)} of {len(judged)} goals reached, {results['seconds']} s")
@@ -104,6 +108,40 @@ def machine() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def page(results: dict[str, Any]) -> str:
+    """The figures as people read them, in Markdown."""
+    machine, found = results["machine"], results["figures"]
+    judged = [figure["reached"] for figure in found if figure["reached"] is not None]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return f"""# What `make bench` measured
+
+{results["taken"]}, in {results["seconds"]} s, on one of {machine["cores"]} cores of {machine["processor"]}
+({", ".join(machine["instructions"])}); {machine["system"]}, Python {machine["python"]}; {versions}.
+
+Every ratio is taken round by round of two things beside each other in one run: median [least, most].
+{sum(judged)} of {len(judged)} goals are reached. Of the linear work of the Qwen shape the head is 77 %, of that of a
+model of 7 B it is 7 %: what is gained there overstates what is gained on large models.
+
+| row | what | allocator | ratio | of | goal | |
+|---|---|---|---|---|---|---|
+{chr(10).join(line(figure) for figure in sorted(found, key=place))}
+"""
+
+
+def place(figure: dict[str, Any]) -> tuple[bool, int]:
+    """By the rows of the goals; what has none comes last."""
+    row = figure["row"]
+    return (False, row) if isinstance(row, int) else (True, 0)
+
+
+def line(figure: dict[str, Any]) -> str:
+    """Of the table."""
+    verdict = {True: "reached", False: "**not reached**", None: ""}[figure["reached"]]
+    ratio = f"{figure['ratio']:.2f} [{figure['least']:.2f}, {figure['most']:.2f}]"
+    cells = [figure["row"], figure["what"], figure["allocator"], ratio, figure["against"], figure["goal"], verdict]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def draw(found: list[dict[str, object]], picture: Path) -> None:
