@@ -43,8 +43,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
         model = write(Path(folder) / "model")
-        random = np.random.Generator(np.random.Philox(key=0))
-        row = TokenRow(random.integers(0, 260, TOKENS, dtype=np.int32), np.ones(TOKENS, bool))
+        row = random_row()
         variants = {
             "PEFT loop": often(training_step.peft_step(model, [row], "peft", "float32", checkpointed=False)),
             "Trainer": trainer(model, row, Path(folder) / "trainer"),
@@ -74,6 +73,12 @@ def write(folder: Path) -> Path:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+def random_row() -> TokenRow:
+    """All supervised."""
+    ids = np.random.Generator(np.random.Philox(key=0)).integers(0, 260, TOKENS, dtype=np.int32)
+    return TokenRow(ids, np.ones(TOKENS, bool))
 
 
 def often(step: training_step.Step) -> Callable[[], None]:

@@ -20,7 +20,6 @@ import argparse
 import resource
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -81,7 +80,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder) / "model", asked.shape, asked.layers, asked.dtype)
         if asked.memory:
-            print(peak(make(model, asked.memory, asked)))
+            step = make(model, asked.memory, asked)
+            print(figures.private_peak(lambda: (step(), step())))
             return
         compare({name: make(model, name, asked) for name in asked.variants.split(",")}, asked)
 
@@ -262,23 +262,6 @@ def operations(rows: str) -> float:
 def user_seconds() -> float:
     """Of this process, without what the kernel spent on its pages."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime
-
-
-def peak(step: Step) -> float:
-    """MiB of private memory above what is there before, in the first two steps; looked at every two milliseconds."""
-    before, seen, done = figures.resident("RssAnon"), [0.0], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.002):
-            seen.append(figures.resident("RssAnon"))
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    for _ in range(2):
-        step()
-    done.set()
-    watcher.join()
-    return max(seen) - before
 
 
 if __name__ == "__main__":
