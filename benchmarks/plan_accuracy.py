@@ -1,4 +1,4 @@
-"""What a plan says of memory and time against what the run then took: four kernels, twelve runs each.
+"""What a plan says of memory and time against what the run then took: four kernels, thirteen runs each.
 
     make bench-plans    or    python benchmarks/plan_accuracy.py [--kernels torch_lora,jax_lora] [--dtype bfloat16]
 
@@ -47,6 +47,7 @@ class Run:
     batch_size: int
     grad_accum: int = 1
     targets: tuple[str, ...] = ("all-linear",)
+    modules_to_save: tuple[str, ...] = ()
 
 
 RUNS = (
@@ -149,6 +150,15 @@ RUNS = (
         lengths=(700,),
         batch_size=2,
     ),
+    Run(
+        name="llama 512x6, 2x400, head, table and norms",
+        arch="llama",
+        size=(512, 6, 8, 4, 64, 1376),
+        vocab_size=50000,
+        lengths=(400,),
+        batch_size=2,
+        modules_to_save=("lm_head", "embed_tokens", "norm", "input_layernorm"),
+    ),
 )
 
 
@@ -213,6 +223,7 @@ def _fields(kernel: str, run: Run, folder: Path) -> dict[str, Any]:
         "backend": kernel,
         "device": "cpu",
         "targets": run.targets,
+        "modules_to_save": run.modules_to_save,
         "batch_size": run.batch_size,
         "grad_accum": run.grad_accum,
         "max_steps": STEPS,

@@ -17,7 +17,10 @@ METHODS = ("lora", "qlora")
 
 @attrs.frozen(kw_only=True)
 class AdapterSpec:
-    """The adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ, where drop is the identity but in training with dropout."""
+    """The adapter: y = x Wᵀ + s · (drop(x) Aᵀ) Bᵀ, where drop is the identity but in training with dropout.
+
+    Beside it, modules that are trained whole.
+    """
 
     method: str = fields.choice(
         "lora",
@@ -56,6 +59,12 @@ class AdapterSpec:
         aliases={"full_graph": "all-linear"},
         evidence="adapting all layers matches full fine-tuning (Dettmers et al. 2023, section 4)",
     )
+    modules_to_save: tuple[str, ...] = fields.names(
+        (),
+        "Modules to train whole beside the adapter, as in PEFT: a comma-separated list of embeddings, norms or the "
+        "head, such as lm_head,embed_tokens,norm; a name is a module's path or the end of it.",
+        metavar="NAMES",
+    )
     dropout: float = fields.number(
         0.0,
         "Probability with which an entry of A's input is zeroed in training, the others being divided by "
@@ -65,8 +74,9 @@ class AdapterSpec:
         evidence="Dettmers et al. 2023, appendix B.2, use 0.1 up to 13B parameters and 0.05 above",
     )
     start_from: Path | None = fields.path(
-        "Adapter to go on from instead of a new one: a run's folder, or one in PEFT's format. Ranks, scales and "
-        "targets are its own, and have to be where they are given. Its optimizer is not continued.",
+        "Adapter to go on from instead of a new one: a run's folder, or one in PEFT's format. Ranks, scales, targets "
+        "and modules that are trained whole are its own, and have to be where they are given. Its optimizer is not "
+        "continued.",
         metavar="DIR",
         digest=False,
     )

@@ -90,6 +90,10 @@ class Backend:
             # A backend that does not know of patterns would train with other ranks and scales than asked for.
             reason = f"{self.plugin} does not say that it gives layers ranks and scales of their own"
             return KernelOffer(kernel=offer.kernel, feasible=False, reason=f"{reason}; leave the patterns out")
+        if offer.feasible and contract.adapter.modules_to_save and not offer.modules_to_save:
+            # Such a backend would leave them frozen.
+            reason = f"{self.plugin} does not say that it trains modules whole; leave modules_to_save out"
+            return KernelOffer(kernel=offer.kernel, feasible=False, reason=reason)
         return offer
 
     def gates(self, contract: FineTuneContract, plan: ExecutionPlan) -> tuple[GateVerdict, ...]:
@@ -163,8 +167,8 @@ class Backend:
         """``mens_state``."""
         state = self._call("mens_state", TrainingState, session=session)
         for name, tensor in state.adapter.items():
-            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-                self._broken("mens_state", f"tensor {name!r} is neither a lora_A nor a lora_B weight")
+            if not name.endswith((".weight", ".bias")):
+                self._broken("mens_state", f"tensor {name!r} is neither of a pair nor one of the base's")
             self._array(f"mens_state ({name})", tensor, np.shape(tensor), np.float32)
         self._pairs(state)
         moments = {f"{name}.{moment}": tensor.shape for name, tensor in state.adapter.items() for moment in _MOMENTS}
@@ -253,7 +257,7 @@ class Backend:
 
     def _pairs(self, state: TrainingState) -> None:
         """Every A has its B, and they share a rank."""
-        for path in {name.rpartition(".lora_")[0] for name in state.adapter}:
+        for path in {name.rpartition(".lora_")[0] for name in state.adapter if ".lora_" in name}:
             pair = [state.adapter.get(f"{path}.lora_{letter}.weight") for letter in "AB"]
             a, b = (() if tensor is None else tensor.shape for tensor in pair)
             if len(a) != 2 or len(b) != 2 or a[0] != b[1]:

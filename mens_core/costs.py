@@ -12,11 +12,14 @@ V vocabulary, D width, F feed-forward width, H query and K key/value heads of wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from mens_core.contract import FineTuneContract
 from mens_core.exchange import NF4Spec
+from mens_core.hf.fit import HEAD
 from mens_core.hf.layout import Layout
+from mens_core.hf.whole import TABLES, whole_shapes
 from mens_core.plan import BaseWeights, Speed, Workload
 from mens_core.sections import AdapterSpec
 
@@ -27,8 +30,10 @@ __all__ = [
     "nf4_bytes",
     "rows_memory",
     "standing_memory",
+    "states_memory",
     "step_costs",
     "step_seconds",
+    "whole_parameters",
 ]
 
 # Four of an id and one of its mask, mapped from disk; a row's places, counts and order.
@@ -66,6 +71,11 @@ def adapter_parameters(weights: BaseWeights, adapter: AdapterSpec) -> int:
     return sum(adapter.rank_of(path) * sum(shape) for path, shape in adapted_linears(weights, adapter).items())
 
 
+def whole_parameters(layout: Layout, adapter: AdapterSpec) -> dict[str, int]:
+    """Name → numbers of the tensors that are trained whole."""
+    return {name: math.prod(shape) for name, shape in whole_shapes(layout, adapter.modules_to_save).items()}
+
+
 def nf4_bytes(numbers: int, spec: NF4Spec) -> int:
     """Bytes of one weight in NF4: codes, scales, and with double quantization the scales' scales and their mean.
 
@@ -76,26 +86,33 @@ def nf4_bytes(numbers: int, spec: NF4Spec) -> int:
     return -(-numbers // 2) + scales
 
 
-def standing_memory(weights: BaseWeights, contract: FineTuneContract, dtype: str) -> dict[str, int]:
+def standing_memory(layout: Layout, weights: BaseWeights, contract: FineTuneContract, dtype: str) -> dict[str, int]:
     """Bytes that a session holds whatever the batch, by part of an offer's memory.
 
     Exact for what is loaded: with lora the base in ``dtype``; with qlora its linears in NF4 and the rest in ``dtype``;
-    the adapter, its gradients and its two moments in float32.
+    the adapter, its gradients and its two moments in float32. What is trained whole is held as it is trained and not
+    as the base has it; of a head that is tied to the embedding that takes more, since the other stays.
 
     Args:
+        layout: of the base.
         weights: of the base.
         contract: for method, adapter and NF4 storage.
         dtype: ``float32`` or ``bfloat16``.
     """
-    adapter = 4 * adapter_parameters(weights, contract.adapter)
+    whole = whole_parameters(layout, contract.adapter)
+    adapter = 4 * (adapter_parameters(weights, contract.adapter) + sum(whole.values()))
+    dense = weights.parameters - sum(whole.values())
+    if layout.tied and whole.keys() & {HEAD, *TABLES}:
+        # The base's table is there for the one of the two that is not trained, or was one for both.
+        dense += layout.vocab_size * layout.hidden_size
     parts = {"adapter": adapter, "gradients": adapter, "optimizer": 2 * adapter}
     width = 4 if dtype == "float32" else 2
     if contract.adapter.method == "lora":
-        return {"base": width * weights.parameters, **parts}
+        return {"base": width * dense, **parts}
     spec = NF4Spec(block_size=contract.quant.block_size, double_quant=contract.quant.double_quant)
     numbers = [out * into for out, into in weights.linears.values()]
     return {
-        "base": width * (weights.parameters - sum(numbers)),
+        "base": width * (dense - sum(numbers)),
         "quantised_base": sum(nf4_bytes(number, spec) for number in numbers),
         **parts,
     }
@@ -104,6 +121,14 @@ def standing_memory(weights: BaseWeights, contract: FineTuneContract, dtype: str
 def rows_memory(workload: Workload) -> int:
     """Bytes of host memory that the rows take once all have been looked at: mapped ids and masks, and an index."""
     return int(workload.rows * (_BYTES_A_ROW + _BYTES_A_TOKEN * workload.row_tokens))
+
+
+def states_memory(layout: Layout, adapter: AdapterSpec) -> int:
+    """Bytes of host memory that copies of what is trained whole take; those of pairs alone are too small to count.
+
+    The start is kept to the end. Beside it stand a checkpoint's adapter and moments while they are written.
+    """
+    return 4 * 4 * sum(whole_parameters(layout, adapter).values())
 
 
 def step_costs(
@@ -123,12 +148,14 @@ def step_costs(
     tokens, supervised, adapter = workload.tokens, workload.supervised, contract.adapter
     linear = sum(out * into for out, into in weights.linears.values())
     head = layout.vocab_size * layout.hidden_size
-    adapted = adapter_parameters(weights, adapter)
+    adapted, whole = adapter_parameters(weights, adapter), whole_parameters(layout, adapter)
+    # A head that is trained has three products.
+    through = 6.0 if HEAD in whole else 4.0
     # Forward passes through the layers beside the first.
     more = 1.0 if contract.training.gradient_checkpointing else 0.0
     heads = layout.num_heads * layout.head_dim
     return {
-        "products": (4.0 + 2.0 * more) * tokens * linear + 4.0 * supervised * head,
+        "products": (4.0 + 2.0 * more) * tokens * linear + through * supervised * head,
         "adapter": (6.0 + 2.0 * more) * tokens * adapted,
         "attention": (14.0 + 4.0 * more) * workload.pairs * layout.num_layers * heads,
         # Forward and backward share these about equally.
@@ -136,7 +163,7 @@ def step_costs(
         "logits": supervised * layout.vocab_size,
         "weights": workload.batches * (2.0 * (linear + head) + more * linear),
         "layers": (1.0 + 0.5 * more) * workload.batches * layout.num_layers,
-        "updates": float(adapted),
+        "updates": float(adapted + sum(whole.values())),
     }
 
 

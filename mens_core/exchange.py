@@ -95,7 +95,8 @@ class TrainingState:
     """Everything that changes during training, under names that every backend shares.
 
     Attributes:
-        adapter: ``<module path>.lora_A.weight`` (R, in) and ``<module path>.lora_B.weight`` (out, R), float32.
+        adapter: ``<module path>.lora_A.weight`` (R, in) and ``<module path>.lora_B.weight`` (out, R), and of modules
+            that are trained whole ``<module path>.weight`` and ``.bias`` as the base has them; float32.
         optimizer: the adapter's names with ``.exp_avg`` and ``.exp_avg_sq`` appended, same shapes, float32;
             empty before the first step.
         step: optimizer steps taken.

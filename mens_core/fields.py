@@ -193,16 +193,17 @@ def _path(text: str) -> Path:
 
 
 def names(default: tuple[str, ...], help_text: str, **extra: Any) -> Any:
-    """A tuple of names, written with commas on the command line."""
+    """A tuple of names, written with commas on the command line; none is allowed where that is the default."""
 
     def parse(text: str) -> tuple[str, ...]:
         aliases: Mapping[str, str] = extra.get("aliases", {})
         return tuple(aliases.get(part.strip(), part.strip()) for part in text.split(",") if part.strip())
 
     def check(value: object) -> str | None:
-        if isinstance(value, tuple) and value and all(isinstance(name, str) and name for name in value):
+        named = isinstance(value, tuple) and all(isinstance(name, str) and name for name in value)
+        if named and (value or not default):
             return None
-        return "must be at least one name"
+        return "must be at least one name" if default else "must be names"
 
     return _field(default, help_text, parse=parse, check=check, as_text=True, **extra)
 

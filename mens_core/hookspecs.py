@@ -131,6 +131,11 @@ def mens_open(plan: ExecutionPlan, shape: BatchShape) -> Any:
     The tensors of ``plan.whole`` take the places of the base's, and are quantised in no case. Where the layout ties
     the head to the embedding, either may be named, and leaves the other as it was.
 
+    The tensors of the modules that ``contract.adapter.modules_to_save`` names (``mens_core.hf.whole.whole_shapes``) are
+    trained with the adapter. Their masters are float32 and start as what the session holds of the base; the modules
+    compute with them rounded to the base's format. A head or an embedding that was tied gets a master of its own and
+    leaves the other as it was.
+
     Args:
         plan: what will be done; ``plan.model_dir`` holds config.json and safetensors files.
         shape: the largest batch of the run.
@@ -176,6 +181,9 @@ def mens_step(session: Any, window: Sequence[Batch], learning_rate: float) -> St
     ``max_grad_norm`` if its global norm exceeds it. AdamW: betas 0.9 and 0.999, epsilon 1e-8, bias-corrected,
     weight decay decoupled (Loshchilov & Hutter 2019, algorithm 2). If loss or norm is not finite the adapter
     and the optimizer stay as they were.
+
+    The adapter here is all that the session's state has as such: A and B, and the masters of modules that are trained
+    whole. The row of an embedding that ``mens_core.hf.whole.untrained_row`` names gets no gradient.
 
     With ``dropout`` p in the contract, each entry of the input of every A is zeroed with probability p and the others
     are divided by 1 - p, in the backward pass the same ones (Hu et al. 2021; Srivastava et al. 2014); no other hook

@@ -42,9 +42,10 @@ MEMORY_PARTS = (
     "logits",
     "loading",
     "rows",
+    "states",
 )
 """What an offer's memory may consist of. ``rows`` is the data, held as tokens; ``loading`` is what loading needs beyond
-what training then holds."""
+what training then holds; ``states`` are the core's copies of what is trained whole."""
 
 
 @attrs.frozen(kw_only=True)
@@ -144,6 +145,8 @@ class KernelOffer:
         patterns: whether layers get ranks and scales of their own where the contract has patterns of them; a run with
             patterns is refused otherwise.
         whole: whether the tensors of a plan's ``whole`` take the base's places; such an adapter is refused otherwise.
+        modules_to_save: whether embeddings, the head and norms are trained whole where the contract names them; a run
+            with such modules is refused otherwise.
     """
 
     kernel: str
@@ -157,6 +160,7 @@ class KernelOffer:
     seconds_source: str = ""
     patterns: bool = False
     whole: bool = False
+    modules_to_save: bool = False
 
     @property
     def peak_bytes(self) -> int | None:

@@ -36,6 +36,7 @@ from mens_core.preflight import (
     start_fields,
     start_fits,
     strict_proxy_stack,
+    whole_modules_exist,
 )
 from mens_core.speeds import outdated_speeds, read_speeds
 from mens_core.survey import Base, Rows, look_at_base, look_at_rows
@@ -253,13 +254,15 @@ def _preflight(contract: FineTuneContract, base: Base, rows: Rows | None) -> tup
     """What a run must find right, see ``mens_core.preflight``; the strict rules refuse the plan as well."""
     if contract.quant.qlora_require_full_proxy_stack:
         refuse_failed((strict_proxy_stack(base.layout, base.inventory),))
+    saved = contract.adapter.modules_to_save
     return (
         *fitting_tensors(base.layout, base.inventory),
         rotary_pairs(base.layout),
         # Of a family the core does not know, it knows the linear layers by guess only.
         *((existing_targets(contract.adapter.targets, base.inventory.linears),) if base.layout.family else ()),
         *((matching_patterns(contract.adapter, base.inventory.linears),) if _judges_patterns(contract, base) else ()),
-        *((start_fits(contract.adapter, base.inventory.linears),) if contract.adapter.start_from else ()),
+        *((whole_modules_exist(saved, base.layout, base.inventory.linears),) if saved else ()),
+        *((start_fits(contract.adapter, base.layout, base.inventory.linears),) if contract.adapter.start_from else ()),
         *((readable_rows(rows.sample),) if rows and contract.data.on_bad_row == "error" else ()),
         *((finite_weights(TensorFolder(base.inventory)),) if contract.model.scan_weights else ()),
     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mens_core.artifacts.adapters import open_adapter
 from mens_core.artifacts.lora import LoraAdapter, Targets
+from mens_core.artifacts.peft import saved_whole
 from mens_core.artifacts.tensors import TensorFolder
 from mens_core.contract import FineTuneContract
 from mens_core.errors import ModelError
@@ -22,7 +23,8 @@ from mens_core.hf.blocks import inventory_names, missing_middle_keys_report, ord
 from mens_core.hf.families import REGISTRY
 from mens_core.hf.fit import MISFITS, misfits
 from mens_core.hf.inventory import Coverage, Inventory, middle_coverage
-from mens_core.hf.layout import Layout
+from mens_core.hf.layout import FAMILIES, Layout
+from mens_core.hf.whole import names_module, whole_modules, whole_shapes
 from mens_core.patterns import matches
 from mens_core.plan import GateVerdict
 from mens_core.sections import AdapterSpec
@@ -39,6 +41,7 @@ __all__ = [
     "start_fields",
     "start_fits",
     "strict_proxy_stack",
+    "whole_modules_exist",
 ]
 
 _NAMES_SHOWN = 32
@@ -111,7 +114,35 @@ def existing_targets(targets: Sequence[str], linears: Iterable[str]) -> GateVerd
     )
 
 
-def start_fits(spec: AdapterSpec, linears: Iterable[str]) -> GateVerdict:
+def whole_modules_exist(names: Sequence[str], layout: Layout, linears: Iterable[str]) -> GateVerdict:
+    """Whether every name of ``modules_to_save`` is an embedding, the head or a norm."""
+    known, paths = whole_modules(layout), tuple(linears)
+    ends = sorted({path.rpartition(".")[2] for path in known})
+    problems = []
+    for name in names:
+        if any(names_module(name, path) for path in known):
+            continue
+        near = difflib.get_close_matches(name, ends, n=1)
+        problems.append(
+            f"{name} is a linear layer, which is trained by a low-rank update"
+            if any(names_module(name, path) for path in paths)
+            else f"{name} has more than one module in it"
+            if any(f".{name}." in f".{path}" for path in (*known, *paths))
+            else f"there is no {name}" + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    if not known:
+        problems = [f"of model_type {layout.model_type!r} the core does not know these, only of {', '.join(FAMILIES)}"]
+    return GateVerdict(
+        code="whole_modules_exist",
+        passed=not problems,
+        message=f"modules that are trained whole are embeddings, norms or the head, out of {', '.join(ends)}"
+        + (f"; {'; '.join(problems)}" if problems else ""),
+        fix="names out of these in --modules-to-save, and linear layers in --targets; an adapter of other tools that "
+        "holds other modules whole is merged first, by merge-adapter, and a new one trained on the result",
+    )
+
+
+def start_fits(spec: AdapterSpec, layout: Layout, linears: Iterable[str]) -> GateVerdict:
     """Whether the adapter to go on from is what the contract asks for, tensor for tensor.
 
     Raises:
@@ -124,30 +155,35 @@ def start_fits(spec: AdapterSpec, linears: Iterable[str]) -> GateVerdict:
     ranks = {path: (pair.rank, spec.rank_of(path)) for path, pair in pairs.items()}
     scales = {path: (pair.scale, spec.scale_of(path)) for path, pair in pairs.items()}
     apart = {path: both for path, both in scales.items() if not math.isclose(*both, rel_tol=1e-6)}
+    whole = {name: tensor.shape for name, tensor in adapter.whole.items()}
+    wanted = whole_shapes(layout, spec.modules_to_save)
+    others = [name for name in sorted({**whole, **wanted}) if whole.get(name) != wanted.get(name)]
+    shown = [f"{name} {whole.get(name, 'not at all')} instead of {wanted.get(name, 'not at all')}" for name in others]
     problems = [
         *_differing("rank", {path: both for path, both in ranks.items() if both[0] != both[1]}, len(pairs)),
         *_differing("scale", apart, len(pairs)),
         *([f"it adapts {len(pairs)} layers, not {len(asked)}"] if set(pairs) != asked else []),
+        *([f"whole it has {', '.join(shown[:3])}"] if shown else []),
     ]
     return GateVerdict(
         code="start_fits",
         passed=not problems,
         message=f"the run goes on from {spec.start_from}" + (f": {'; '.join(problems)}" if problems else ""),
-        fix=f"leave {', '.join((*_SCALING, 'targets'))} out, and the adapter's own are taken",
+        fix=f"leave {', '.join((*_SCALING, 'targets', 'modules_to_save'))} out, and the adapter's own are taken",
     )
 
 
 def start_fields(contract: FineTuneContract, linears: Iterable[str]) -> dict[str, Any]:
-    """What the contract leaves to the adapter that it goes on from: ranks and scales where it gives none, and targets.
+    """What the contract leaves to the adapter that it goes on from: ranks and scales, targets, modules trained whole.
 
     Raises:
-        ModelError: if it cannot be read, see ``open_adapter``, or holds tensors trained whole.
+        ModelError: if it cannot be read, see ``open_adapter``, or holds tensors whole that were not trained so.
     """
     start, paths = contract.adapter.start_from, tuple(linears)
     if start is None:
         return {}
     adapter = open_adapter(start)
-    _refuse_whole(adapter)
+    _refuse_untrained(adapter)
     fields: dict[str, Any] = {}
     if not contract.origins.keys() & set(_SCALING):
         fields |= adapter.settings()
@@ -156,18 +192,26 @@ def start_fields(contract: FineTuneContract, linears: Iterable[str]) -> dict[str
         names = tuple(sorted({path.rpartition(".")[2] for path in modules}))
         short = Targets(names=names).of(paths) == modules
         fields["targets"] = "all-linear" if modules == set(paths) else names if short else adapter.modules
+    if "modules_to_save" not in contract.origins and adapter.whole:
+        fields["modules_to_save"] = tuple(sorted({name.rpartition(".")[0] for name in adapter.whole}))
     return fields
 
 
-def _refuse_whole(adapter: LoraAdapter) -> None:
-    if adapter.whole:
-        names = list(adapter.whole)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+def _refuse_untrained(adapter: LoraAdapter) -> None:
+    """PEFT saves an embedding that was given new rows though it is frozen, and may train two modules as one."""
+    frozen = [name for name in adapter.whole if not saved_whole(name, adapter.config)]
+    problem = (
+        "trains head and embedding as one (ensure_weight_tying), which here are two"
+        if adapter.whole and adapter.config.get("ensure_weight_tying")
+        else f"holds {', '.join(frozen[:3])}, which it does not say were trained"
+        if frozen
+        else None
+    )
+    if problem is not None:
         raise ModelError(
-            f"the adapter holds tensors trained whole beside its updates, which are used but not trained here: "
-            f"{', '.join(names[:3])}{more}",
+            f"the adapter {problem}",
             where=adapter.source,
-            expected="an adapter of low-rank updates alone, without modules_to_save",
+            expected="low-rank updates, and modules that were trained whole each by itself, in modules_to_save",
             fix=f"python -m mens_core merge-adapter --adapter {adapter.source} --output merged, and train a new one "
             "with --model merged; generate, chat and eval take this one as it is",
         )

@@ -52,20 +52,22 @@ def with_weights(model, change):
 
 def with_adapter(model, adapter, *, rank, alpha, **settings):
     """The model under PEFT's LoRA, with the given numbers; and the parameters by the name all backends share."""
-    modules = sorted({name.rsplit(".lora_", 1)[0] for name in adapter})
+    modules = sorted({name.rsplit(".lora_", 1)[0] for name in adapter if ".lora_" in name})
+    whole = sorted({name.rpartition(".")[0] for name in adapter if ".lora_" not in name})
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=modules,
         fan_in_fan_out=model.config.model_type == "gpt2",
+        modules_to_save=whole or None,
         **settings,
     )
     wrapped = get_peft_model(model, config).eval()
     parameters = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        name.removeprefix("base_model.model.").replace(".modules_to_save", "").replace(".default", ""): parameter
         for name, parameter in wrapped.named_parameters()
-        if "lora_" in name
+        if "lora_" in name or ".modules_to_save." in name
     }
     assert set(parameters) == set(adapter)
     with torch.no_grad():

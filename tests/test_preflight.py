@@ -1,8 +1,11 @@
 """Preflight: what a run is refused for before a file of it exists, and a plan only warned of."""
 
+import functools
+import importlib
 import json
 from pathlib import Path
 
+import attrs
 import folders
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from mens_core.cli import main
 from mens_core.errors import DataError, GateError, ModelError
 from mens_core.hf.keymap import tensor_shapes
 from mens_core.hf.layout import read_layout
+from mens_core.preflight import whole_modules_exist
 
 EMBEDDING = "model.embed_tokens.weight"
 O_PROJ = "model.layers.{}.self_attn.o_proj.weight"
@@ -265,3 +269,46 @@ def test_a_rating_that_is_none_is_an_error_only_where_it_counts(fields):
     assert Planner().plan(**fields).workload.rows == 7
     with pytest.raises(DataError, match="no usable rating"):
         Planner().plan(**fields, min_rating=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("lm_haed",), "there is no lm_haed (did you mean lm_head?)"),
+        (("norm", "q_proj"), "q_proj is a linear layer, which is trained by a low-rank update"),
+        (("layers.0",), "layers.0 has more than one module in it"),
+        (("tokens", "norm"), "there is no tokens"),
+        (("lm_head", "embed_tokens", "model.norm", "1.input_layernorm"), None),
+    ],
+)
+def test_what_cannot_be_trained_whole_is_refused_before_anything_is_written(fields, names, words):
+    _write(fields)
+    plan = Planner().plan(**fields, modules_to_save=names)
+    (verdict,) = [verdict for verdict in plan.preflight if verdict.code == "whole_modules_exist"]
+    assert verdict.passed == (words is None)
+    if words is not None:
+        assert words in verdict.message
+        with pytest.raises(GateError, match="whole_modules_exist"):
+            Planner().run(**fields, modules_to_save=names)
+        assert not fields["output_dir"].exists()
+
+
+def test_of_a_family_that_the_core_does_not_know_nothing_is_trained_whole(fields):
+    _write(fields)
+    verdict = whole_modules_exist(("lm_head",), attrs.evolve(read_layout(Path(fields["model"])), family=None), ())
+    assert not verdict.passed
+    assert "does not know these, only of gpt2, llama" in verdict.message
+
+
+def _without_word(offered, **told):
+    return offered(**{**told, "modules_to_save": False})
+
+
+def test_a_backend_that_does_not_say_that_it_trains_modules_whole_is_not_given_them(fields, monkeypatch):
+    _write(fields)
+    for name in ("torch", "jax"):
+        module = importlib.import_module(f"mens_{name}.offer")
+        monkeypatch.setattr(module, "KernelOffer", functools.partial(_without_word, module.KernelOffer))
+    with pytest.raises(GateError, match="does not say that it trains modules whole; leave modules_to_save out"):
+        Planner().plan(**fields, modules_to_save=("norm",))
+    assert Planner().plan(**fields).backend == "torch"

@@ -108,7 +108,15 @@ def stopped(_stopped, asked, tmp_path):
     ("method", "further"),
     [
         ("lora", {"dropout": 0.1, "packing": "best-fit", "seq_len": 64, "epochs": 3}),
-        ("qlora", {"dropout": 0.1, "schedule": "linear", "weight_decay": 0.1}),
+        (
+            "qlora",
+            {
+                "dropout": 0.1,
+                "schedule": "linear",
+                "weight_decay": 0.1,
+                "modules_to_save": ("lm_head", "embed_tokens", "norm", "0.input_layernorm"),
+            },
+        ),
     ],
 )
 def test_a_run_that_goes_on_ends_with_the_bytes_of_one_that_was_not_stopped(backend, method, further, asked, tmp_path):
@@ -119,7 +127,9 @@ def test_a_run_that_goes_on_ends_with_the_bytes_of_one_that_was_not_stopped(back
     fields["resume"] = "auto"
     assert _interrupt(fields, 4).step == 5
     parts = Planner().run(**fields)
-    for name in (ADAPTER, "adapter_config.json", "populi_adapter_manifest_v3.json"):
+    # The older system's manifest knows nothing of modules that are trained whole.
+    v3 = ["populi_adapter_manifest_v3.json"] if "modules_to_save" not in further else []
+    for name in (ADAPTER, "adapter_config.json", *v3):
         assert (parts.output_dir / name).read_bytes() == (whole.output_dir / name).read_bytes()
     assert parts.losses == whole.losses
     assert _results(parts.output_dir) == _results(whole.output_dir)
@@ -144,6 +154,8 @@ def test_without_its_moments_a_run_would_end_otherwise(stopped, undisturbed):
 def test_a_run_may_go_on_on_another_backend(first, then, asked, tmp_path):
     # One layer of a stack has a rank and a scale of its own, which only one of the two fills up.
     asked = {**asked, "rank_pattern": {r"1\.self_attn\.q_proj": 6}, "alpha_pattern": {"v_proj": 4.0}}
+    # And of one stack of norms one layer is trained whole.
+    asked["modules_to_save"] = ("lm_head", "embed_tokens", "1.input_layernorm")
     whole = Planner().run(**{**asked, "backend": first}, output_dir=tmp_path / "whole")
     fields = {**asked, "output_dir": tmp_path / "run"}
     _interrupt({**fields, "backend": first}, 4)

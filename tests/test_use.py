@@ -62,7 +62,8 @@ def test_a_run_goes_on_from_an_adapter_where_it_ended(run, model_dirs, corpus_di
     assert further.manifest["finetune_contract_digest"] != before["finetune_contract_digest"]
     with pytest.raises(GateError, match="its rank is 16, not 8; its scale is 2, not 4") as refused:
         Planner().run(**fields | {"rank": 8, "output_dir": tmp_path / "refused"})
-    assert "leave rank, alpha, rslora, rank_pattern, alpha_pattern, targets out" in str(refused.value)
+    fields_out = "leave rank, alpha, rslora, rank_pattern, alpha_pattern, targets, modules_to_save out"
+    assert fields_out in str(refused.value)
     with pytest.raises(GateError, match="it adapts 14 layers, not 2"):
         Planner().run(**fields | {"targets": ("q_proj",), "output_dir": tmp_path / "refused"})
     with pytest.raises(ModelError, match="no such adapter"):
@@ -117,7 +118,7 @@ def test_an_adapter_of_pefts_with_patterns_trains_on_as_it_is(model_dirs, corpus
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-def test_an_adapter_with_a_head_of_its_own_is_used_but_not_trained(model_dirs, corpus_dir, tmp_path, capsys, backend):
+def test_an_adapter_with_a_head_of_its_own_is_used_merged_and_trained_on(model_dirs, corpus_dir, tmp_path, backend):
     base, held_out = str(model_dirs["qwen2"]), corpus_dir / "eval.jsonl"
     adapter = peft_adapter(base, tmp_path / "adapter", target_modules=["up_proj"], modules_to_save=["lm_head"])
     mens_core.merge([(adapter, 1.0)], base=base, output=tmp_path / "merged", backend=backend)
@@ -129,11 +130,52 @@ def test_an_adapter_with_a_head_of_its_own_is_used_but_not_trained(model_dirs, c
     asked = {"backend": backend, "max_new_tokens": 8}
     answer = mens_core.generate("Write x.", model=base, adapter=adapter, **asked)
     assert answer == mens_core.generate("Write x.", model=str(tmp_path / "merged"), **asked)
-    words = ["--data-dir", str(corpus_dir), "--output-dir", str(tmp_path / "run"), "--start-from", str(adapter)]
-    assert main(["train", "--model", base, *words]) == 2
-    told = capsys.readouterr().err
-    assert "tensors trained whole beside its updates, which are used but not trained here: lm_head.weight" in told
-    assert f"merge-adapter --adapter {adapter} --output merged" in told
+    asked = {"model": base, "data_dir": corpus_dir, "start_from": adapter, "max_steps": 3, **fields}
+    result = Planner().run(**asked, output_dir=tmp_path / "run", learning_rate=1e-2)
+    assert result.eval_loss_before == pytest.approx(used["loss"], abs=1e-6)
+    assert result.manifest["plan"]["contract"]["modules_to_save"] == ["lm_head"]
+    config = json.loads((result.output_dir / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["lm_head"]
+    # What was written is used and merged as what PEFT wrote, and the run verified.
+    end = mens_core.evaluate_model(held_out, adapter=result.adapter_dir, **fields)
+    assert end["loss"] == pytest.approx(result.eval_loss_after, abs=1e-6)
+    assert abs(end["loss"] - used["loss"]) > 0.01
+    mens_core.merge([(result.adapter_dir, 1.0)], output=tmp_path / "further", backend=backend)
+    merged = mens_core.evaluate_model(held_out, model=str(tmp_path / "further"), **fields)
+    assert merged["loss"] == pytest.approx(end["loss"], abs=1e-5)
+    assert all(check["state"] == "ok" for check in mens_core.verify_run(result.output_dir)["checks"])
+    assert "1 modules trained whole" in (result.output_dir / "MODEL_CARD.md").read_text()
+    with pytest.raises(GateError, match=r"whole it has lm_head\.weight \(\d+, \d+\) instead of not at all"):
+        Planner().run(**asked, modules_to_save=("norm",), output_dir=tmp_path / "refused")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, "head and embedding as one"),
+        ({"modules_to_save": ["k_proj"]}, r"model\.layers\.0\.self_attn\.k_proj is a linear layer"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_an_adapter_of_pefts_that_cannot_be_trained_on_is_refused(model_dirs, corpus_dir, tmp_path, settings, problem):
+    base = model_dirs["qwen2"]
+    adapter = peft_adapter(base, tmp_path / "adapter", target_modules=["up_proj"], **settings)
+    fields = {"model": str(base), "data_dir": corpus_dir, "output_dir": tmp_path / "run", "seq_len": 512}
+    with pytest.raises((GateError, ModelError), match=problem) as refused:
+        Planner().run(**fields, start_from=adapter)
+    assert "merge-adapter" in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_embedding_that_peft_saved_though_it_was_frozen_is_not_trained_on_in_silence(
+    model_dirs, corpus_dir, tmp_path
+):
+    base = model_dirs["llama"]
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    fields = {"model": str(base), "data_dir": corpus_dir, "output_dir": tmp_path / "run", "seq_len": 512}
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight.*, which it does not say were trained"):
+        Planner().run(**fields, start_from=tmp_path / "adapter")
 
 
 def test_eval_prints_loss_and_perplexity(run, corpus_dir, capsys):

@@ -51,6 +51,14 @@ BFLOAT16_LOSS = 2e-2
 # rounding is 0.06. Observed: torch 0.19, JAX 0.24.
 BFLOAT16_LOGITS = 0.6
 
+# Gradients of what is trained whole in bfloat16 against float32, relative in the Frobenius norm of each tensor: some
+# thirty roundings of 2^-9 on the way there and back. Observed: torch 2.3e-2, JAX 2.4e-2.
+BFLOAT16_GRADIENT = 6e-2
+
+# Logits against PEFT's with an adapter of random numbers as large as the weights, relative to the largest logit: some
+# tens of eps. Observed: torch 2.8e-7, JAX 1.0e-6.
+PEFTS_LOGITS = 1e-5
+
 # The specification in NumPy against transformers in float64, largest absolute difference of logits up to 20: both
 # are exact to 16 digits. Observed: 1.1e-14 (GPT-2).
 ORACLE = 1e-12

@@ -4,7 +4,8 @@
     adapter_config.json                  PEFT's LoraConfig
     populi_adapter_manifest_v3.json      vox_mens_adapter, version 3
 
-The inner names, ``<module>.lora_A.weight``, are those all backends share.
+The inner names, ``<module>.lora_A.weight``, are those all backends share. A module that was trained whole is there by
+its own names, ``base_model.model.<module>.weight``.
 """
 
 from __future__ import annotations
@@ -39,17 +40,19 @@ Adapter = Mapping[str, NDArray[np.float32]]
 def initial_state(adapter: Adapter, seed: int) -> TrainingState:
     """The start of a run: A Kaiming-uniform, B zero, so that the adapter is exactly the identity.
 
+    What is trained whole starts as the base has it, and so does a freshly opened session.
+
     A is drawn from U(-1/√in, 1/√in), which is ``kaiming_uniform_(a=√5)`` of the reference implementation
     (github.com/microsoft/LoRA, layers.py), by a Philox generator keyed by sha256 of (seed, tensor name): the
     same numbers on every backend and in every module order.
 
     Args:
-        adapter: names and shapes, as a freshly opened session states them.
+        adapter: as a freshly opened session states it.
         seed: of the contract.
     """
     start: dict[str, NDArray[np.float32]] = {}
     for name, tensor in adapter.items():
-        start[name] = np.zeros(tensor.shape, np.float32)
+        start[name] = np.zeros(tensor.shape, np.float32) if ".lora_" in name else tensor
         if name.endswith(".lora_A.weight"):
             key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], np.uint64)
             uniform = np.random.Generator(np.random.Philox(key=key)).random(tensor.shape, np.float32)
@@ -60,7 +63,8 @@ def initial_state(adapter: Adapter, seed: int) -> TrainingState:
 def write_adapter(directory: Path, adapter: Adapter, plan: ExecutionPlan) -> None:
     """Write the files; each is replaced whole.
 
-    The older system's manifest has one rank and one alpha, so that it is not written where layers have others.
+    The older system's manifest has one rank, one alpha and pairs alone, so that it is not written where layers have
+    others or modules were trained whole.
 
     Args:
         directory: the run directory.
@@ -70,7 +74,7 @@ def write_adapter(directory: Path, adapter: Adapter, plan: ExecutionPlan) -> Non
     tensors = {f"{PEFT_PREFIX}{name}": np.ascontiguousarray(tensor) for name, tensor in adapter.items()}
     write_tensors(directory / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
     write_json(directory / ADAPTER_CONFIG, _peft_config(adapter, plan))
-    if _is_uniform(adapter, plan.contract.adapter):
+    if _is_uniform(adapter, plan.contract.adapter) and not _whole_modules(adapter):
         write_json(directory / V3_MANIFEST, _v3_manifest(adapter, plan))
 
 
@@ -81,6 +85,10 @@ def _plain(alpha: float) -> float | int:
 
 def _modules(adapter: Adapter) -> list[str]:
     return [name.removesuffix(".lora_A.weight") for name in adapter if name.endswith(".lora_A.weight")]
+
+
+def _whole_modules(adapter: Adapter) -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in adapter if ".lora_" not in name})
 
 
 def _is_uniform(adapter: Adapter, spec: AdapterSpec) -> bool:
@@ -105,7 +113,8 @@ def _peft_config(adapter: Adapter, plan: ExecutionPlan) -> dict[str, Any]:
         "bias": "none",
         # Full paths, so that a name shared by a module outside the adapter cannot be matched by suffix.
         "target_modules": sorted(_modules(adapter)),
-        "modules_to_save": None,
+        # Full paths again: PEFT takes every module whose path ends with the text, for norm input_layernorm, too.
+        "modules_to_save": _whole_modules(adapter) or None,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": {pattern: _plain(alpha) for pattern, alpha in spec.alpha_pattern},
         "fan_in_fan_out": plan.layout.family == "gpt2",

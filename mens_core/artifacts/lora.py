@@ -139,12 +139,19 @@ class LoraAdapter:
             tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] = pair.a, pair.b
         return tensors
 
+    def trained(self) -> dict[str, NDArray[np.float32]]:
+        """The same, and beside them what is whole, as the state of a session has it that trains both."""
+        return self.tensors() | {name: np.asarray(tensor, np.float32) for name, tensor in self.whole.items()}
+
     def check(self) -> None:
         """See that the numbers are fit for use.
 
         Raises:
             ModelError: if there is no pair, one has shapes that do not fit, or a number is not finite.
         """
+        for name, tensor in self.whole.items():
+            if not np.isfinite(np.asarray(tensor, np.float32)).all():
+                raise ModelError("the adapter holds numbers that are not finite", where=f"{self.source}, {name}")
         if not self.pairs:
             raise ModelError("the adapter holds no low-rank update", where=self.source)
         for name, pair in self.pairs.items():

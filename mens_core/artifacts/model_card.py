@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mens_core.plan import ExecutionPlan
@@ -10,12 +10,12 @@ from mens_core.plan import ExecutionPlan
 __all__ = ["model_card"]
 
 
-def model_card(plan: ExecutionPlan, *, modules: int, parameters: int, results: Mapping[str, Any]) -> str:
+def model_card(plan: ExecutionPlan, *, tensors: Sequence[str], parameters: int, results: Mapping[str, Any]) -> str:
     """Render the card.
 
     Args:
         plan: of the run.
-        modules: adapted linear layers.
+        tensors: names of what was trained, as a session's state has them.
         parameters: trained numbers.
         results: losses and counts, as in the manifest.
     """
@@ -31,6 +31,9 @@ def model_card(plan: ExecutionPlan, *, modules: int, parameters: int, results: M
         "Deployment": "mobile_edge" if plan.contract.output.deployment_target == "mobile_edge" else None,
     }
     own = "; own ranks or alphas by pattern" if spec.has_patterns else ""
+    modules = sum(name.endswith(".lora_A.weight") for name in tensors)
+    whole = len({name.rpartition(".")[0] for name in tensors if ".lora_" not in name})
+    beside = f", {whole} modules trained whole" if whole else ""
     further = "".join(f"\n| {label} | {value} |" for label, value in named.items() if value is not None)
     held_out = f"{before:.4f} → {after:.4f} nats per token" if before is not None else "no eval.jsonl was given"
     return f"""---
@@ -46,7 +49,7 @@ Trained by mens-core with kernel `{plan.execution_kernel}` on {plan.device} in {
 | | |
 |---|---|
 | Base model | {plan.model_name} ({plan.layout.model_type}) |
-| Adapter | rank {spec.rank}, alpha {spec.alpha:g}{own}, {modules} linear layers, {parameters:,} parameters |
+| Adapter | rank {spec.rank}, alpha {spec.alpha:g}{own}, {modules} linear layers{beside}, {parameters:,} parameters |
 | Data | {results["rows"]:,} rows, {results["supervised_tokens"]:,} supervised of {results["tokens"]:,} tokens |
 | Steps | {results["optimizer_steps"]} of {training.batch_size} × {training.grad_accum} rows |
 | Training loss | {results["first_loss"]:.4f} → {results["last_loss"]:.4f} nats per token |

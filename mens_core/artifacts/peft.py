@@ -20,7 +20,7 @@ from mens_core.exchange import NF4Spec
 from mens_core.hf.files import find_file, read_json
 from mens_core.patterns import check_pattern, number_of
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "PEFT_PREFIX", "read_peft", "read_peft_config"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "PEFT_PREFIX", "read_peft", "read_peft_config", "saved_whole"]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -133,17 +133,21 @@ def _no_weights(folder: Path) -> ModelError:
     )
 
 
-def _is_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor belongs to a module that is saved whole; PEFT adds embeddings that were given new rows.
+def saved_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to a module that ``modules_to_save`` names.
 
     PEFT takes every module whose path ends with a name, with whatever is inside: ``norm`` is ``input_layernorm``, too
     (``utils/other.py``, ``_set_trainable``).
     """
-    module, _, part = name.rpartition(".")
-    steps = module.split(".")
+    steps = name.split(".")[:-1]
     paths = [".".join(steps[: count + 1]) for count in range(len(steps))]
-    named = any(path.endswith(entry) for path in paths for entry in config.get("modules_to_save") or ())
-    return part in {"weight", "bias"} and (named or steps[-1] in {"embed_tokens", "wte", "lm_head"})
+    return any(path.endswith(entry) for path in paths for entry in config.get("modules_to_save") or ())
+
+
+def _is_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is saved whole; PEFT adds embeddings that were given new rows to those that are named."""
+    *_, module, part = f".{name}".split(".")
+    return part in {"weight", "bias"} and (saved_whole(name, config) or module in {"embed_tokens", "wte", "lm_head"})
 
 
 def _pair(module: str, halves: Mapping[str, NDArray[np.float32]], config: Mapping[str, Any], weights: Path) -> LoraPair:

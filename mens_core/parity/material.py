@@ -78,11 +78,15 @@ def joined(rows: Sequence[Batch]) -> Batch:
 
 
 def adapter_like(adapter: Arrays, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Normal numbers under the names and shapes of an adapter, A of size 1 / √in and B of size 0.1, neither zero."""
+    """Normal numbers under the names and shapes of an adapter, A of size 1 / √in and B of size 0.1, neither zero.
+
+    What is trained whole is what it was, and numbers of size 0.1.
+    """
     generator = np.random.Generator(np.random.Philox(key=seed))
     drawn = {name: generator.standard_normal(array.shape, np.float32) for name, array in adapter.items()}
     return {
         name: array * np.float32(array.shape[1] ** -0.5 if name.endswith(".lora_A.weight") else 0.1)
+        + (np.float32(0) if ".lora_" in name else adapter[name])
         for name, array in drawn.items()
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,15 @@ def tiny_model(family: str) -> Iterator[tuple[str, Path]]:
         yield f"tiny {family}", Path(folder)
 
 
-def able_backends(folder: Path, plan_for: PlanFor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def able_backends(
+    folder: Path, plan_for: PlanFor, fields: Mapping[str, Any] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the installed backends that can run a model in float32, and for each other one why not.
+
+    Args:
+        folder: of the model.
+        plan_for: turns fields into a plan in float32.
+        fields: of the contract beside the model and the backend.
 
     Raises:
         GateError: if none can, or the model itself is refused.
@@ -42,7 +49,7 @@ def able_backends(folder: Path, plan_for: PlanFor) -> tuple[tuple[str, ...], tup
             notes.append(f"{info.name} takes no part: it needs {', '.join(info.missing)}")
             continue
         try:
-            plan_for({"model": str(folder), "backend": f"{info.name}_lora"})
+            plan_for({**(fields or {}), "model": str(folder), "backend": f"{info.name}_lora"})
         except GateError as error:
             if "backend_available" not in error.codes:
                 raise
@@ -103,7 +110,18 @@ def _compared(
     own: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     adapter, quant = plan.contract.adapter, plan.contract.quant
-    able, left_out = able_backends(folder, plan_for)
+    fields = {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "rslora": adapter.rslora,
+        "rank_pattern": adapter.rank_pattern,
+        "alpha_pattern": adapter.alpha_pattern,
+        "modules_to_save": adapter.modules_to_save,
+        "block_size": quant.block_size,
+        "double_quant": quant.double_quant,
+        **(own or {}),
+    }
+    able, left_out = able_backends(folder, plan_for, fields)
     if plan.dtype != "float32":
         notes = (*notes, f"in float32; the run itself computes in {plan.dtype}")
     subject = Subject(
@@ -112,16 +130,7 @@ def _compared(
         # The run's own backend takes part whether it is able or not: then its plan says why.
         backends=(plan.backend, *(name for name in able if name != plan.backend)),
         methods=(adapter.method,),
-        fields={
-            "rank": adapter.rank,
-            "alpha": adapter.alpha,
-            "rslora": adapter.rslora,
-            "rank_pattern": adapter.rank_pattern,
-            "alpha_pattern": adapter.alpha_pattern,
-            "block_size": quant.block_size,
-            "double_quant": quant.double_quant,
-            **(own or {}),
-        },
+        fields=fields,
         notes=(*notes, *left_out),
     )
     return compare_kernels(subject, plan_for)

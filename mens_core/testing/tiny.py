@@ -157,6 +157,9 @@ def packed(rows: Iterable[Batch]) -> Batch:
 
 
 def random_adapter(adapter: Arrays, seed: int = 0, size: float = 0.1) -> dict[str, NDArray[np.float32]]:
-    """Normal numbers under the names and shapes of an adapter."""
+    """Normal numbers under the names and shapes of an adapter; those of modules trained whole are added to it."""
     generator = np.random.default_rng(seed)
-    return {name: (size * generator.standard_normal(array.shape)).astype(np.float32) for name, array in adapter.items()}
+    return {
+        name: ((0 if ".lora_" in name else array) + size * generator.standard_normal(array.shape)).astype(np.float32)
+        for name, array in adapter.items()
+    }

@@ -145,6 +145,8 @@ class BetweenSteps:
             "progress": progress,
             **self.origin,
         }
+        # Whose copy would stand beside the next one.
+        self.saver.finish()
         checkpoint = Checkpoint(
             path=self.saver.path(step),
             state=self.backend.state(self.session),

@@ -260,11 +260,11 @@ def _ordered(value: Any) -> Any:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of nested mappings joined."""
+    """Names of nested mappings joined; an empty list is nothing, as it is where a field was not there yet."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= {f"{name}/{inner}": part for inner, part in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+    return {name: value for name, value in flat.items() if value != []}
 
 
 def _shown(value: Any) -> str:

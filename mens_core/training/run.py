@@ -243,7 +243,7 @@ def _train(run: _Run, telemetry: Telemetry, judge: Judge) -> tuple[dict[str, Any
     gate.written(session, end, run.folder.path)
     results = run.rows.counters() | _results(run, between, step)
     parameters = sum(tensor.size for tensor in end.adapter.values())
-    card = model_card(plan, modules=len(end.adapter) // 2, parameters=parameters, results=results)
+    card = model_card(plan, tensors=tuple(end.adapter), parameters=parameters, results=results)
     write_text(run.folder.model_card, card)
     telemetry.emit(
         "train_complete",
@@ -256,7 +256,7 @@ def _final(run: _Run, between: BetweenSteps, session: Any) -> tuple[Any, Trainin
     """The adapter that the run gives: of the last step, or with early stopping of the lowest held-out loss.
 
     Returns:
-        (the session that holds it; the adapter; after which window it was so).
+        (the session that holds it; the adapter, without its moments; after which window it was so).
 
     Raises:
         TrainingError: if that one's checkpoint is not there any more.
@@ -264,7 +264,7 @@ def _final(run: _Run, between: BetweenSteps, session: Any) -> tuple[Any, Trainin
     spec = run.plan.contract.training
     best = between.progress.best(spec.early_stopping_min_delta)
     if spec.early_stopping_patience is None or best is None or best.step == between.progress.steps:
-        return session, run.backend.state(session), between.progress.steps
+        return session, attrs.evolve(run.backend.state(session), optimizer={}), between.progress.steps
     path = between.best_path()
     if path is None:
         raise TrainingError(
@@ -272,7 +272,7 @@ def _final(run: _Run, between: BetweenSteps, session: Any) -> tuple[Any, Trainin
             where=run.folder.checkpoints,
             fix="go on from an earlier one with --resume auto",
         )
-    state = read_checkpoint(path).state
+    state = attrs.evolve(read_checkpoint(path).state, optimizer={})
     return run.backend.restore(session, state), state, best.step
 
 
@@ -311,7 +311,7 @@ def _start(plan: ExecutionPlan, opened: TrainingState) -> TrainingState:
     path = plan.contract.adapter.start_from
     if path is None:
         return initial_state(opened.adapter, plan.contract.training.seed)
-    return TrainingState(adapter=open_adapter(path).tensors(), optimizer={}, step=0)
+    return TrainingState(adapter=open_adapter(path).trained(), optimizer={}, step=0)
 
 
 def _train_start(run: _Run) -> dict[str, Any]:

@@ -44,13 +44,14 @@ def _held(backend, session):
     if backend.name == "torch":
         network = session.model.network
         frozen = [(module.frozen, module.bias) for module in network.modules() if hasattr(module, "frozen")]
-        rest = [tensor for name, tensor in network.named_parameters() if ".lora_" not in name]
+        trained = {*map(id, session.parameters.values())}
+        rest = [tensor for tensor in network.parameters() if id(tensor) not in trained and tensor.numel()]
         tensors = [tensor for pair in frozen for tensor in pair if tensor is not None] + rest
     else:
         from flax import nnx
 
         leaves = nnx.to_flat_state(session.frozen)
-        tensors = [leaf.get_value() for path, leaf in leaves if path[-1] in {"weight", "bias"}]
+        tensors = [leaf.get_value() for path, leaf in leaves if path[-1] in {"weight", "bias", "frozen"}]
     packed = [tensor for tensor in tensors if hasattr(tensor, "codes")]
     dense = [tensor for tensor in tensors if not hasattr(tensor, "codes")]
     parts = [getattr(weight, name) for weight in packed for name in ("codes", "absmax", "nested_absmax", "offset")]
@@ -79,11 +80,38 @@ def test_an_adapter_with_patterns_takes_as_many_bytes_as_were_offered(backend, o
     if backend.name == "jax":
         # A stack has its largest rank: 9 in the layer beside the one that has 9, whose own is 4.
         filled = 4 * 5 * (48 + 50) if patterns else 0
-        assert session.trained.adapter.nbytes == held + filled
+        assert session.trained.adapter.vector.nbytes == held + filled
         held += filled
     # JAX holds the gradients of the window and those of the batch.
     gradients = held * (2 if backend.name == "jax" else 1)
     assert (memory["adapter"], memory["optimizer"], memory["gradients"]) == (held, 2 * held, gradients)
+
+
+WHOLE = {
+    "gpt2": ("wte", "ln_f", "ln_1"),
+    "llama": ("lm_head", "norm"),
+    "qwen2": ("lm_head", "embed_tokens"),
+    "qwen3": ("lm_head", "q_norm", "input_layernorm"),
+}
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("lora", "float32"), ("qlora", "bfloat16")])
+def test_what_is_trained_whole_takes_the_bytes_that_were_offered(backend, offer_of, session_of, family, method, dtype):
+    fields = {"method": method, "dtype": dtype, "modules_to_save": WHOLE[family]}
+    session, memory = session_of(family, **fields), offer_of(family, **fields).memory
+    dense, packed = _held(backend, session)
+    assert (memory["base"], memory.get("quantised_base", 0)) == (dense, packed)
+    held = {name: array.nbytes for name, array in backend.state(session).adapter.items()}
+    adapter, head = sum(held.values()), held.get("lm_head.weight", 0)
+    assert (memory["adapter"], memory["optimizer"]) == (adapter, 2 * adapter)
+    # JAX holds the gradients of the window and those of the batch, torch beside the window's the batch's of the head.
+    assert memory["gradients"] == (2 * adapter if backend.name == "jax" else adapter + head)
+    # The start, a checkpoint's copy, and two moments of it.
+    whole = sum(size for name, size in held.items() if ".lora_" not in name)
+    assert memory["states"] == 4 * whole
+    without = offer_of(family, **fields | {"modules_to_save": ()}).memory
+    assert memory["logits"] >= without["logits"]
+    assert without["states"] == 0
 
 
 def test_scales_that_are_not_quantised_take_as_many_bytes_as_were_offered(backend, offer_of, session_of):
@@ -112,8 +140,10 @@ def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, fam
     from mens_core.plugins import load_backend
 
     backend = load_backend("torch")
-    for targets in (("all-linear",), ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")):
-        plan = tiny.plan_for(backend, folders[family], targets=targets)
+    norms = {"gpt2": ("ln_1", "ln_2"), "qwen3": ("q_norm", "k_norm")}.get(family, ("input_layernorm",))
+    some = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
+    for targets, whole in ((("all-linear",), ()), (some, ()), (("all-linear",), norms)):
+        plan = tiny.plan_for(backend, folders[family], targets=targets, modules_to_save=whole)
         session = backend.open(plan, tiny.SHAPE)
         batch = tiny.batch_of(24, 24)
         own = {tensor.untyped_storage().data_ptr() for tensor in session.model.network.state_dict().values()}

@@ -12,6 +12,7 @@ class Capabilities(BackendCapabilities):
     backend = "{name}"
     gpt2 = llama = qwen2 = qwen3 = OPEN
     dropout = patterns = whole = generate = merge = OPEN
+    modules_to_save = closed("A and B alone are trained")
     qlora = closed("NumPy has no NF4 base")
     bfloat16 = closed("NumPy computes in float32")
 """

@@ -14,7 +14,7 @@ class Whole(BackendCapabilities):
 
     backend = "torch"
     gpt2 = llama = qwen2 = qwen3 = OPEN
-    qlora = dropout = patterns = whole = bfloat16 = generate = merge = OPEN
+    qlora = dropout = patterns = whole = modules_to_save = bfloat16 = generate = merge = OPEN
 
 
 def _problems(**changes):
@@ -50,7 +50,7 @@ def test_what_is_not_declared_is_named():
     assert capabilities.declaration_problems(None)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qlora", "dropout", "bfloat16", "merge", "generate"])
+@pytest.mark.parametrize("name", ["qwen3", "qlora", "dropout", "modules_to_save", "bfloat16", "merge", "generate"])
 def test_a_closed_capability_that_works_is_a_failure(name, tmp_path):
     declared = type("Capabilities", (Whole,), {name: closed("so they say")})
     workbench = Workbench(backend=load_backend("torch"), capabilities=declared, root=tmp_path)

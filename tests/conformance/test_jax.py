@@ -12,7 +12,7 @@ class Capabilities(BackendCapabilities):
 
     backend = "jax"
     gpt2 = llama = qwen2 = qwen3 = OPEN
-    qlora = dropout = patterns = whole = bfloat16 = generate = merge = OPEN
+    qlora = dropout = patterns = whole = modules_to_save = bfloat16 = generate = merge = OPEN
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,4 +9,4 @@ class Capabilities(BackendCapabilities):
 
     backend = "torch"
     gpt2 = llama = qwen2 = qwen3 = OPEN
-    qlora = dropout = patterns = whole = bfloat16 = generate = merge = OPEN
+    qlora = dropout = patterns = whole = modules_to_save = bfloat16 = generate = merge = OPEN

@@ -41,6 +41,7 @@ OTHER = {
     "rank_pattern": {"q_proj": 4, r"layers\.1\..*": 2},
     "alpha_pattern": {"q_proj": 4.0},
     "targets": ("q_proj",),
+    "modules_to_save": ("lm_head",),
     "dropout": 0.05,
     "start_from": "run-before",
     "adapter_tag": "mine",

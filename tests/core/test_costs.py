@@ -150,7 +150,7 @@ def test_an_adapter_has_as_many_numbers_as_its_tensors(targets):
     tensors = {f"{path}.lora_A.weight": np.empty((3, into), np.float32) for path, (_, into) in shapes.items()}
     tensors |= {f"{path}.lora_B.weight": np.empty((out, 3), np.float32) for path, (out, _) in shapes.items()}
     real = sum(tensor.nbytes for tensor in initial_state(tensors, seed=0).adapter.values())
-    assert standing_memory(WEIGHTS, contract, "float32")["adapter"] == real
+    assert standing_memory(LAYOUT, WEIGHTS, contract, "float32")["adapter"] == real
     assert adapter_parameters(WEIGHTS, contract.adapter) * 4 == real
     assert len(shapes) == {"all-linear": 14, "q_proj": 4}.get(targets[0], 1)
 
@@ -162,7 +162,7 @@ def test_nf4_takes_the_bits_that_its_authors_state():
 
 
 def test_a_number_format_halves_the_base_and_not_the_adapter():
-    wide, narrow = (standing_memory(WEIGHTS, _contract(), dtype) for dtype in ("float32", "bfloat16"))
+    wide, narrow = (standing_memory(LAYOUT, WEIGHTS, _contract(), dtype) for dtype in ("float32", "bfloat16"))
     assert wide["base"] == 2 * narrow["base"] == 4 * PARAMETERS
     assert {**wide, "base": 0} == {**narrow, "base": 0}
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["stacked_name", "stacks_of"]
+__all__ = ["BLOCKS", "stacked_name", "stacks_of"]
+
+BLOCKS = ("model.layers.", "transformer.h.")
+"""How names of what is in the stacked blocks begin."""
 
 _LAYER = re.compile(r"^(model\.layers|transformer\.h)\.(\d+)\.")
 

@@ -6,7 +6,7 @@ Shape letters: V vocabulary, D width, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import cast
 
 import attrs
@@ -15,6 +15,9 @@ from flax import nnx
 from jax import Array, lax
 
 from mens_core.hf.layout import Layout
+from mens_core.hf.whole import TABLES, untrained_row
+from mens_jax._names import BLOCKS
+from mens_jax._whole import Dense
 from mens_jax.lora import LoraLinear
 from mens_jax.quant import NF4Weight
 
@@ -28,44 +31,50 @@ class Conv1D(LoraLinear):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table, (V, D)."""
+    """Rows of a table, (V, D).
 
-    def __init__(self, weight: Array) -> None:
-        self.weight = nnx.Param(weight)
+    Args:
+        weight: the table.
+        fixed: a row that is never trained, or None.
+    """
+
+    def __init__(self, weight: Dense, fixed: int | None = None) -> None:
+        self.weight, self.fixed = weight, fixed
 
     def __call__(self, index: Array) -> Array:
         """(T,) to (T, D)."""
-        rows: Array = self.weight.get_value()[index]
+        # Rounded once they are read: the slopes of a token's many places are summed in float32.
+        rows = self.weight.source[index].astype(self.weight.dtype)
+        if self.weight.trained and self.fixed is not None:
+            rows = jnp.where((index == self.fixed)[:, None], lax.stop_gradient(rows), rows)
         return rows
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · weight, the quotient in float32 (Zhang & Sennrich 2019)."""
 
-    def __init__(self, weight: Array, epsilon: float) -> None:
-        self.weight, self.epsilon = nnx.Param(weight), epsilon
+    def __init__(self, weight: Dense, epsilon: float) -> None:
+        self.weight, self.epsilon = weight, epsilon
 
     def __call__(self, x: Array) -> Array:
         """Over the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        scaled: Array = self.weight.get_value() * wide.astype(x.dtype)
-        return scaled
+        return self.weight() * wide.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
     """(x - mean) / deviation · weight + bias, in float32 (Ba et al. 2016)."""
 
-    def __init__(self, weight: Array, bias: Array, epsilon: float) -> None:
-        self.weight, self.bias, self.epsilon = nnx.Param(weight), nnx.Param(bias), epsilon
+    def __init__(self, weight: Dense, bias: Dense, epsilon: float) -> None:
+        self.weight, self.bias, self.epsilon = weight, bias, epsilon
 
     def __call__(self, x: Array) -> Array:
         """Over the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide - wide.mean(axis=-1, keepdims=True)
         wide = wide * lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        scaled: Array = wide * self.weight.get_value() + self.bias.get_value()
-        return scaled.astype(x.dtype)
+        return (wide * self.weight() + self.bias()).astype(x.dtype)
 
 
 @attrs.frozen(kw_only=True)
@@ -77,16 +86,18 @@ class Parts:
         base: stacked name → weight, from ``weights.load_base``.
         ranks: stacked module path → largest rank of its layers' adapters; absent for none.
         scales: stacked module path → s of the adapter, or of each layer's, (layers,).
+        whole: stacked name of a tensor that is trained whole → the layers of which it is, 0 for one in none.
     """
 
     layout: Layout
     base: Mapping[str, Array | NF4Weight]
     ranks: Mapping[str, int]
     scales: Mapping[str, float | Array]
+    whole: Mapping[str, Container[int]]
 
     def linear(self, path: str) -> LoraLinear:
         """The stacked linear at a path, with its adapter."""
-        weight, bias = self.base[f"{path}.weight"], self._dense_or_none(f"{path}.bias")
+        weight, bias = self.base[f"{path}.weight"], cast("Array | None", self.base.get(f"{path}.bias"))
         # NF4 is stored in (out, in) for every family.
         dense_conv1d = self.layout.family == "gpt2" and not isinstance(weight, NF4Weight)
         kind = Conv1D if dense_conv1d else LoraLinear
@@ -94,7 +105,8 @@ class Parts:
 
     def embedding(self, path: str) -> Embedding:
         """The table at a path."""
-        return Embedding(self._dense(f"{path}.weight"))
+        name = f"{path}.weight"
+        return Embedding(self._dense(name), untrained_row(self.layout) if name in TABLES else None)
 
     def rms_norm(self, path: str) -> RMSNorm:
         """The norm at a path."""
@@ -104,8 +116,6 @@ class Parts:
         """The norm at a path."""
         return LayerNorm(self._dense(f"{path}.weight"), self._dense(f"{path}.bias"), self.layout.norm_eps)
 
-    def _dense(self, name: str) -> Array:
-        return cast("Array", self.base[name])
-
-    def _dense_or_none(self, name: str) -> Array | None:
-        return cast("Array | None", self.base.get(name))
+    def _dense(self, name: str) -> Dense:
+        tensor, stacked = cast("Array", self.base[name]), name.startswith(BLOCKS)
+        return Dense(tensor, self.whole.get(name, ()), len(tensor) if stacked else 1)

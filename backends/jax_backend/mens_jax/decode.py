@@ -67,7 +67,7 @@ def generate(
     width = rounded_up(len(prompt))
     ids = np.zeros(width, np.int32)
     ids[: len(prompt)] = prompt
-    weights = session.frozen, session.unravel(session.trained.adapter)
+    weights = session.frozen, session.adapter
     layers = _layers_apart(nnx.merge(session.graph, *weights))
     places = layout.num_layers, max(width, rounded_up(longest)), layout.num_kv_heads, layout.head_dim
     length, stops = np.int32(len(prompt)), _stops(settings.stop_tokens)

@@ -3,9 +3,11 @@
 For a chunk of n positions with hidden states h (n, D), head W (V, D) and targets y::
 
     z = h Wᵀ          loss = Σ logsumexp(z) − z[y]          dloss/dh = (softmax(z) − onehot(y)) W
+                                                            dloss/dW = (softmax(z) − onehot(y))ᵀ h
 
-The gradient is formed while the chunk's logits are there, so at most chunk · V of them exist at a time and the
-backward pass has nothing left to do. The head is frozen; it gets no gradient.
+The gradients are formed while the chunk's logits are there, so at most chunk · V of them exist at a time and the
+backward pass has nothing left to do. A head that is frozen gets none; that of one that is trained is summed over the
+chunks in float32.
 """
 
 from __future__ import annotations
@@ -22,42 +24,57 @@ from mens_jax._arrays import dot
 __all__ = ["supervised_loss"]
 
 
-def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256) -> Array:
+def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256, *, trained: bool = False) -> Array:
     """Sum of the cross-entropies, in nats.
 
     Args:
         hidden: (S, D), the supervised positions' hidden states, in the base's format.
-        head: (V, D), same format.
+        head: (V, D), same format, or a float32 master that is rounded to it.
         targets: (S,) integer, each in 0 … V - 1, or ``IGNORE`` where a compiled shape has more places than tokens.
         chunk: positions whose logits exist at the same time.
+        trained: whether the head gets a gradient, too.
 
     Returns:
         () float32; log-sum-exp and the sum are taken in float32.
     """
-    total: Array = _chunked_cross_entropy(hidden, head, targets, chunk)
+    total: Array = _chunked_cross_entropy(hidden, head, targets, chunk, trained)
     return total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked_cross_entropy(hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _chunked_cross_entropy(hidden: Array, head: Array, targets: Array, chunk: int, trained: bool) -> Array:
+    del trained
+    head = head.astype(hidden.dtype)
+
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _cross_entropy(head, *part)[0], None
 
     return lax.scan(add, jnp.zeros((), jnp.float32), _split(hidden, targets, chunk))[0]
 
 
-def _forward(hidden: Array, head: Array, targets: Array, chunk: int) -> tuple[Array, Array]:
-    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+def _forward(
+    hidden: Array, master: Array, targets: Array, chunk: int, trained: bool
+) -> tuple[Array, tuple[Array, Array | None]]:
+    head = master.astype(hidden.dtype)
+
+    def add(sums: tuple[Array, Array | None], part: tuple[Array, Array]) -> tuple[tuple[Array, Array | None], Array]:
         loss, slopes = _cross_entropy(head, *part)
-        return total + loss, dot(slopes.astype(hidden.dtype), head)
+        slopes, (total, of_head) = slopes.astype(hidden.dtype), sums
+        if of_head is not None:
+            of_head = of_head + dot(slopes.T, part[0], jnp.float32)
+        return (total + loss, of_head), dot(slopes, head)
 
-    total, gradient = lax.scan(add, jnp.zeros((), jnp.float32), _split(hidden, targets, chunk))
-    return total, gradient.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    zero = jnp.zeros((), jnp.float32), jnp.zeros_like(master) if trained else None
+    (total, of_head), gradient = lax.scan(add, zero, _split(hidden, targets, chunk))
+    return total, (gradient.reshape(-1, hidden.shape[1])[: hidden.shape[0]], of_head)
 
 
-def _backward(chunk: int, gradient: Array, upstream: Array) -> tuple[Array, None, None]:
-    del chunk
-    return upstream.astype(gradient.dtype) * gradient, None, None
+def _backward(
+    chunk: int, trained: bool, gradients: tuple[Array, Array | None], upstream: Array
+) -> tuple[Array, Array | None, None]:
+    del chunk, trained
+    gradient, of_head = gradients
+    return upstream.astype(gradient.dtype) * gradient, None if of_head is None else upstream * of_head, None
 
 
 _chunked_cross_entropy.defvjp(_forward, _backward)

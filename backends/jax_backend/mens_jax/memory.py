@@ -12,7 +12,8 @@ computes them in float32 and holds a float32 copy of the weights while it does.
 from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
-from mens_core.costs import adapted_linears, rows_memory, standing_memory
+from mens_core.costs import adapted_linears, rows_memory, standing_memory, states_memory, whole_parameters
+from mens_core.hf.fit import HEAD
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
 from mens_jax._names import stacks_of
@@ -48,14 +49,17 @@ def memory_parts(
     """
     on_cpu, size = device == "cpu", Buckets(workload.shape).tiers[-1]
     width = 4 if on_cpu else _width(dtype)
-    held = standing_memory(weights, contract, dtype)
-    filled = 4 * _filled_up(contract, layout, weights)
+    held = standing_memory(layout, weights, contract, dtype)
+    whole = whole_parameters(layout, contract.adapter)
+    filled = 4 * (_filled_up(contract, layout, weights) + sum(whole.values()))
     held |= {"adapter": filled, "optimizer": 2 * filled}
     # The sum over the window and the batch's own.
     held["gradients"] = 2 * filled
     linear = sum(out * into for out, into in weights.linears.values())
     # The softmax's powers and slopes are in float32, and both are there before the second product.
     logits = 2 * 4 * layout.vocab_size * min(size.supervised, logits_chunk(layout.vocab_size))
+    # A chunk's product, and the head in the run's format where that is another than the master's.
+    logits += (4 if dtype == "float32" else 4 + _width(dtype)) * whole.get(HEAD, 0)
     # What the backward pass of one layer makes; the logits are gone by then.
     layer = width * linear // layout.num_layers + 3 * width * size.tokens * layout.intermediate_size
     if contract.adapter.dropout:
@@ -73,7 +77,8 @@ def memory_parts(
         "logits": logits,
     }
     loading = _loading(weights, parts) if on_cpu else 0
-    return parts | {"loading": loading, "rows": rows_memory(workload) if on_cpu else 0}
+    host = {"rows": rows_memory(workload), "states": states_memory(layout, contract.adapter)} if on_cpu else {}
+    return parts | {"loading": loading, "rows": 0, **host}
 
 
 def _room(weights: BaseWeights, tokens: int, blocks: int, dtype: str) -> bool:

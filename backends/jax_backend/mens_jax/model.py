@@ -7,7 +7,8 @@
                      every linear a LoraLinear, attention packed_attention
 
 The state of ``Model`` is named as the checkpoint: ``model.layers.self_attn.q_proj.weight`` holds that weight of
-every layer, the layers in front; ``lora_a`` and ``lora_b`` lie beside it.
+every layer, the layers in front; ``lora_a`` and ``lora_b`` lie beside it, and ``master`` beside what is
+trained whole (``_whole``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax import Array
 
 from mens_core.hf.fit import HEAD
 from mens_core.hf.keymap import linear_shapes
+from mens_core.hf.whole import whole_shapes
 from mens_core.plan import ExecutionPlan
 from mens_core.sections import AdapterSpec
 from mens_jax._arrays import dot
@@ -29,6 +31,7 @@ from mens_jax._blocks import Gpt2Decoder, LlamaDecoder, scan_blocks
 from mens_jax._names import stacks_of
 from mens_jax._packing import Rows
 from mens_jax._parts import Embedding, Parts
+from mens_jax._whole import Dense
 from mens_jax.attention import packed_attention
 from mens_jax.dropout import Dropout
 from mens_jax.lora import LoraLinear, select_targets
@@ -67,10 +70,14 @@ class Model(nnx.Module):
         return cast("Gpt2Decoder | LlamaDecoder", getattr(self, self.stem))
 
     @property
-    def head(self) -> Array:
+    def table_out(self) -> Dense:
         """(V, D), the output projection; the embedding where the two are tied."""
-        table: Array = (self.lm_head or self.decoder.table).weight.get_value()
-        return table
+        return (self.lm_head or self.decoder.table).weight
+
+    @property
+    def head(self) -> Array:
+        """The same in the base's format."""
+        return self.table_out()
 
 
 def load_model(plan: ExecutionPlan) -> Model:
@@ -88,6 +95,7 @@ def load_model(plan: ExecutionPlan) -> Model:
         base=load_base(plan),
         ranks={stack: max(map(adapter.rank_of, paths.values())) for stack, paths in stacks.items()},
         scales={stack: _scale(adapter, paths, plan.layout.num_layers) for stack, paths in stacks.items()},
+        whole=stacks_of(whole_shapes(plan.layout, adapter.modules_to_save)),
     )
     gpt2 = plan.layout.family == "gpt2"
     decoder = Gpt2Decoder(parts, "transformer") if gpt2 else LlamaDecoder(parts, "model")

@@ -59,6 +59,7 @@ def mens_plan(
         capacity_bytes=capacity(device, machine),
         patterns=True,
         whole=True,
+        modules_to_save=True,
     )
     if workload is None:
         return offer

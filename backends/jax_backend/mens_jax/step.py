@@ -6,7 +6,7 @@
                                                              │ · 1 / supervised tokens of the window
                                                              │ · min(1, max_grad_norm / norm)
                                                              ▼
-                            A, B ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
+              A, B, what is whole ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
 
 The whole window is one compiled function, compiled once for each of at most three sizes (``_sizes``). Nothing
 waits for the device: metrics and the decision to skip an update stay there.
@@ -31,12 +31,14 @@ from numpy.typing import NDArray
 
 from mens_core.errors import DataError, ModelError
 from mens_core.exchange import Batch, BatchShape, StepMetrics, TrainingState
+from mens_core.hf.whole import whole_shapes
 from mens_core.plan import ExecutionPlan
-from mens_jax._adamw import Trained, adamw
+from mens_jax._adamw import Numbers, Trained, adamw
 from mens_jax._arrays import device_named, take
 from mens_jax._names import stacked_name
 from mens_jax._packing import PackedBatch, fill, stack
 from mens_jax._sizes import Buckets, logits_chunk
+from mens_jax._whole import Table
 from mens_jax.dropout import Dropout, dropout_of
 from mens_jax.loss import supervised_loss
 from mens_jax.model import Model, hidden_states, load_model, logits, set_dropout
@@ -57,9 +59,10 @@ class Session:
         plan: what is being done.
         graph: the model's structure; the arrays are apart, as JAX's transformations want them.
         frozen: the base's arrays.
-        unravel: the adapter's vector to the model's state.
+        unravel: the vector of what is trained to the model's state.
         trained: adapter and optimizer.
         adapted: module paths that carry an adapter, layer by layer.
+        whole: names of the tensors that are trained whole.
         buckets: the sizes that batches are filled up to.
         fresh_since: the step at which the moments were last zero; None once they were restored.
     """
@@ -70,8 +73,14 @@ class Session:
     unravel: _Unravel
     trained: Trained
     adapted: tuple[str, ...]
+    whole: tuple[str, ...]
     buckets: Buckets
     fresh_since: int | None = 0
+
+    @property
+    def adapter(self) -> nnx.State:
+        """What is trained, as the model's state."""
+        return _state_of(self.unravel, self.trained.adapter)
 
 
 def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
@@ -88,9 +97,11 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
     device = device_named(plan.device)
     with jax.default_device(device):
         model = load_model(plan)
-        graph, adapter, frozen = nnx.split(model, nnx.LoRAParam, ...)
+        graph, adapter, tables, frozen = nnx.split(model, nnx.LoRAParam, Table, ...)
         vector, unravel = ravel_pytree(adapter)
-        trained = Trained(vector, jnp.zeros_like(vector), jnp.zeros_like(vector), jnp.zeros((), jnp.int32))
+        numbers = Numbers(vector, tables)
+        first, second = (jax.tree.map(jnp.zeros_like, numbers) for _ in _MOMENTS)
+        trained = Trained(numbers, first, second, jnp.zeros((), jnp.int32))
     # Committed to their device, so that whatever meets them is computed there.
     frozen, trained = jax.device_put((frozen, trained), device)
     return Session(
@@ -100,6 +111,7 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
         unravel=unravel,
         trained=trained,
         adapted=model.adapted,
+        whole=tuple(whole_shapes(plan.layout, plan.contract.adapter.modules_to_save)),
         buckets=Buckets(shape),
     )
 
@@ -167,8 +179,8 @@ def state(session: Session) -> TrainingState:
     trained = session.trained
     taken, optimizer = int(trained.updates), dict[str, NDArray[np.float32]]()
     if session.fresh_since is None or session.fresh_since != taken:
-        for moment, vector in zip(_MOMENTS, (trained.exp_avg, trained.exp_avg_sq), strict=True):
-            optimizer |= {f"{name}.{moment}": array for name, array in _copied_out(session, vector).items()}
+        for moment, numbers in zip(_MOMENTS, (trained.exp_avg, trained.exp_avg_sq), strict=True):
+            optimizer |= {f"{name}.{moment}": array for name, array in _copied_out(session, numbers).items()}
     return TrainingState(adapter=_copied_out(session, trained.adapter), optimizer=optimizer, step=taken)
 
 
@@ -181,7 +193,7 @@ def restore(session: Session, state: TrainingState) -> Session:
     Raises:
         ModelError: listing every name that is missing, unknown or of another shape; the session is then unchanged.
     """
-    wanted = {name: part.shape for name, part in _parts(session, np.asarray(session.trained.adapter)).items()}
+    wanted = {name: part.shape for name, part in _parts(session, _on_host(session.trained.adapter)).items()}
     problems = _misfits(wanted, state.adapter)
     if state.optimizer:
         moments = {f"{name}.{moment}": shape for name, shape in wanted.items() for moment in _MOMENTS}
@@ -199,14 +211,14 @@ def restore(session: Session, state: TrainingState) -> Session:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(graph: _Graph, unravel: _Unravel, frozen: nnx.State, adapter: Array, batch: PackedBatch) -> Array:
-    model, everything = nnx.merge(graph, unravel(adapter), frozen), jnp.arange(len(batch.input_ids))
+def _logits(graph: _Graph, unravel: _Unravel, frozen: nnx.State, adapter: Numbers, batch: PackedBatch) -> Array:
+    model, everything = nnx.merge(graph, _state_of(unravel, adapter), frozen), jnp.arange(len(batch.input_ids))
     return logits(model, batch.input_ids, batch.positions, batch.rows, everything)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _loss_sum(
-    adapter: Array,
+    adapter: Numbers,
     graph: _Graph,
     unravel: _Unravel,
     frozen: nnx.State,
@@ -214,11 +226,12 @@ def _loss_sum(
     dropout: Dropout | None = None,
 ) -> Array:
     """Sum of the supervised tokens' cross-entropies, () float32; in training under dropout of this batch."""
-    model = nnx.merge(graph, unravel(adapter), frozen)
+    model = nnx.merge(graph, _state_of(unravel, adapter), frozen)
     set_dropout(model, dropout)
     hidden = hidden_states(model, batch.input_ids, batch.positions, batch.rows)
-    chosen = take(hidden, batch.keep, batch.back)
-    return supervised_loss(chosen, model.head, batch.targets, logits_chunk(len(model.head)))
+    chosen, head = take(hidden, batch.keep, batch.back), model.table_out
+    chunk = logits_chunk(len(head.source))
+    return supervised_loss(chosen, head.source, batch.targets, chunk, trained=head.trained)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -236,7 +249,7 @@ def _step(
 
     Args:
         graph: the model's structure, static.
-        unravel: the adapter's vector to the model's state, static.
+        unravel: the vector of what is trained to the model's state, static.
         frozen: the base's arrays.
         trained: donated; its memory is the result's.
         window: batches one above the other.
@@ -247,25 +260,36 @@ def _step(
     """
     supervised, learning_rate, max_grad_norm, weight_decay = numbers
 
-    def add(index: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add(index: Array, sums: tuple[Array, Numbers]) -> tuple[Array, Numbers]:
         batch = jax.tree.map(lambda part: part[index], window)
         own = None if dropout is None else dropout.fold(trained.updates, index)
         loss_sum, gradient = jax.value_and_grad(_loss_sum)(trained.adapter, graph, unravel, frozen, batch, own)
-        return sums[0] + loss_sum, sums[1] + gradient
+        return sums[0] + loss_sum, jax.tree.map(jnp.add, sums[1], gradient)
 
-    zero = jnp.zeros((), jnp.float32), jnp.zeros_like(trained.adapter)
+    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained.adapter)
     loss_sum, gradient = lax.fori_loop(0, batches, add, zero)
     norm = optax.tree.norm(gradient) / supervised
-    gradient = gradient * (jnp.minimum(1.0, max_grad_norm / norm) / supervised)
+    factor = jnp.minimum(1.0, max_grad_norm / norm) / supervised
+    gradient = jax.tree.map(lambda part: part * factor, gradient)
     updated = adamw(trained, gradient, learning_rate, weight_decay)
     sound = jnp.isfinite(loss_sum) & jnp.isfinite(norm)
     return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, trained), loss_sum, norm
 
 
-def _parts(session: Session, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """Shared name → view into the vector, in the order of the model's layers."""
-    stacks: dict[str, NDArray[np.float32]] = {}
-    begin = 0
+def _state_of(unravel: _Unravel, adapter: Numbers) -> nnx.State:
+    return nnx.merge_state(unravel(adapter.vector), adapter.tables)
+
+
+def _on_host(numbers: Numbers) -> Numbers:
+    """The same numbers as NumPy's arrays, not to be written into."""
+    found: Numbers = jax.tree.map(np.asarray, numbers)
+    return found
+
+
+def _parts(session: Session, numbers: Numbers) -> dict[str, NDArray[np.float32]]:
+    """Shared name → view into the numbers, which are on the host, in the order of the model's layers."""
+    stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(numbers.tables)}
+    begin, vector = 0, numbers.vector
     for path, leaf in nnx.to_flat_state(jax.eval_shape(session.unravel, vector)):
         shape = leaf.get_value().shape
         stacks[".".join(map(str, path))] = vector[begin : begin + math.prod(shape)].reshape(shape)
@@ -277,20 +301,24 @@ def _parts(session: Session, vector: NDArray[np.float32]) -> dict[str, NDArray[n
         rank = session.plan.contract.adapter.rank_of(path)
         views[f"{path}.lora_A.weight"] = stacks[f"{stacked}.lora_a"][layer][:rank]
         views[f"{path}.lora_B.weight"] = stacks[f"{stacked}.lora_b"][layer][:, :rank]
+    for name in session.whole:
+        stacked, layer = stacked_name(name)
+        # Of a stack, layers that are not trained have a master as well, which nobody reads.
+        views[name] = stacks[f"{stacked}.master"] if layer is None else stacks[f"{stacked}.master"][layer]
     return views
 
 
-def _copied_out(session: Session, vector: Array) -> dict[str, NDArray[np.float32]]:
-    return {name: part.copy() for name, part in _parts(session, np.asarray(vector)).items()}
+def _copied_out(session: Session, numbers: Numbers) -> dict[str, NDArray[np.float32]]:
+    return {name: part.copy() for name, part in _parts(session, _on_host(numbers)).items()}
 
 
-def _put_in(session: Session, arrays: Mapping[str, NDArray[np.float32]], suffix: str) -> NDArray[np.float32]:
-    """A vector like the adapter's with the given arrays; zero where there are none."""
-    vector = np.zeros(session.trained.adapter.shape, np.float32)
-    for name, part in _parts(session, vector).items():
+def _put_in(session: Session, arrays: Mapping[str, NDArray[np.float32]], suffix: str) -> Numbers:
+    """Numbers like the adapter's with the given arrays; zero where there are none."""
+    numbers: Numbers = jax.tree.map(lambda part: np.zeros(part.shape, np.float32), session.trained.adapter)
+    for name, part in _parts(session, numbers).items():
         if f"{name}{suffix}" in arrays:
             part[...] = arrays[f"{name}{suffix}"]
-    return vector
+    return numbers
 
 
 def _misfits(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, NDArray[np.float32]]) -> list[str]:

@@ -25,6 +25,7 @@ from mens_core.errors import ModelError
 from mens_core.exchange import NF4Spec
 from mens_core.hf.fit import HEAD, misfits
 from mens_core.hf.keymap import canonical_name, linear_shapes, tensor_shapes
+from mens_core.hf.whole import TABLES, whole_shapes
 from mens_core.plan import ExecutionPlan
 from mens_jax._arrays import device_named, to_hand_over
 from mens_jax._names import stacked_name
@@ -36,7 +37,6 @@ Base: TypeAlias = "dict[str, Array | NF4Weight]"
 
 # Numbers looked at together, so that what is found about them stays small.
 _PIECE = 1 << 20
-_EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 
 
 def load_base(plan: ExecutionPlan) -> Base:
@@ -49,7 +49,7 @@ def load_base(plan: ExecutionPlan) -> Base:
 
     Returns:
         Stacked name → array in the plan's format, or NF4 weight; see the picture above. What the plan has whole has
-        taken its place; a head that was tied is there where it, or the embedding, is no longer the other.
+        taken its place; a head that was tied is there where it, or the embedding, is no longer the other or is trained.
 
     Raises:
         ModelError: if the folder cannot be read, or tensors are missing, left over, wrongly shaped or not finite.
@@ -67,7 +67,8 @@ def load_base(plan: ExecutionPlan) -> Base:
         stacks.setdefault(stacked_name(name)[0], []).append(name)
     with jax.default_device(device_named(plan.device)):
         base = {stacked: reader.read(names) for stacked, names in stacks.items()}
-        if plan.layout.tied and plan.whole.keys() & {HEAD, *_EMBEDDINGS}:
+        apart = {*plan.whole, *whole_shapes(plan.layout, plan.contract.adapter.modules_to_save)}
+        if plan.layout.tied and apart & {HEAD, *TABLES}:
             base[HEAD] = reader.head_of_its_own()
     _raise_problems(reader.problems, plan)
     return base
@@ -130,7 +131,7 @@ class _Reader:
 
     def head_of_its_own(self) -> Array:
         """The head of a base that ties it to the embedding: the plan's, or what the embedding was."""
-        table = next(self.stored[name] for name in _EMBEDDINGS if name in self.stored)
+        table = next(self.stored[name] for name in TABLES if name in self.stored)
         return jax.numpy.asarray(np.asarray(self.plan.whole.get(HEAD, self.folder[table])).astype(self.dtype))
 
     def _tensor(self, name: str) -> NDArray[Any]:
@@ -141,7 +142,7 @@ class _Reader:
     def _repeats_embedding(self) -> bool:
         """Whether a head that the config ties to the embedding was saved all the same."""
         head = self.folder[self.stored[HEAD]]
-        tables = [self.folder[self.stored[name]] for name in _EMBEDDINGS if name in self.stored]
+        tables = [self.folder[self.stored[name]] for name in TABLES if name in self.stored]
         return any(table.shape == head.shape and np.array_equal(table, head) for table in tables)
 
 

@@ -3,9 +3,11 @@
 For a chunk of n positions with hidden states h (n, D), head W (V, D) and targets y::
 
     z = h Wᵀ          loss = Σ logsumexp(z) − z[y]          dloss/dh = (softmax(z) − onehot(y)) W
+                                                            dloss/dW = (softmax(z) − onehot(y))ᵀ h
 
-The gradient is formed while the chunk's logits are there, so at most chunk · V of them exist at a time and the
-backward pass has nothing left to do. The head is frozen; it gets no gradient.
+The gradients are formed while the chunk's logits are there, so at most chunk · V of them exist at a time and the
+backward pass has nothing left to do. A head that is frozen gets none; that of one that is trained is summed over the
+chunks in float32.
 """
 
 from __future__ import annotations
@@ -22,27 +24,31 @@ __all__ = ["supervised_loss"]
 _IN_CACHE = 1 << 19
 
 
-def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256) -> Array:
+def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256, *, trained: bool = False) -> Array:
     """Sum of the cross-entropies, in nats.
 
     Args:
         hidden: (S, D), the supervised positions' hidden states, in the base's format.
-        head: (V, D), same format.
+        head: (V, D), same format, or a float32 master that is rounded to it.
         targets: (S,) integer, each in 0 … V - 1.
         chunk: positions whose logits exist at the same time.
+        trained: whether the head gets a gradient, too.
 
     Returns:
         () float32; log-sum-exp and the sum are taken in float32.
     """
+    head = head if trained and torch.is_grad_enabled() else head.detach()
     total: Array = _ChunkedCrossEntropy.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
     return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Array, head: Array, targets: Array, chunk: int) -> Array:
+    def forward(ctx: Any, hidden: Array, master: Array, targets: Array, chunk: int) -> Array:
+        head = master.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_head = torch.zeros_like(master) if ctx.needs_input_grad[1] else None
         rows = max(1, _IN_CACHE // len(head)) if hidden.device.type == "cpu" else chunk
         # One buffer for all chunks, one for their softmax: fresh ones would cost more than what is written into them.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
@@ -54,12 +60,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 total += _turn_into_slopes(z, y, room)
             if gradient is not None:
                 torch.mm(scores, head, out=gradient[start : start + chunk])
-        ctx.gradient = gradient
+            if of_head is not None:
+                _add_product(of_head, scores.t(), hidden[start : start + chunk])
+        ctx.gradient, ctx.of_head = gradient, of_head
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, None]:
-        return grads[0].to(ctx.gradient.dtype) * ctx.gradient, None, None, None
+    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, Array | None, None, None]:
+        gradient = None if ctx.gradient is None else grads[0].to(ctx.gradient.dtype) * ctx.gradient
+        # In its own memory, which may be as large as all else.
+        return gradient, None if ctx.of_head is None else ctx.of_head.mul_(grads[0]), None, None
+
+
+def _add_product(total: Array, left: Array, right: Array) -> None:
+    """Add a product, which like every other is computed in the format of its factors, to a sum in float32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(torch.mm(left, right))
 
 
 def _turn_into_slopes(scores: Array, chosen: Array, room: Array) -> Array:

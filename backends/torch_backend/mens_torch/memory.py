@@ -12,6 +12,8 @@ width, H query and K key/value heads of width E, R rank::
     others     4 F                   gate, its activation, up, and their product
     adapters   R                     x Aᵀ of each adapted linear
 
+    trained    D or H·E, K·E      an RMS norm that is trained: what its weight is multiplied with
+
 With gradient checkpointing each layer keeps its input alone, D numbers, and one layer at a time what stands above.
 
 On a CPU the demand is that of the whole process, and glibc's heap adds holes between what is kept and what is
@@ -23,8 +25,9 @@ again, the holes are about as large as what such a layer keeps and makes (measur
 from __future__ import annotations
 
 from mens_core.contract import FineTuneContract
-from mens_core.costs import adapted_linears, rows_memory, standing_memory
+from mens_core.costs import adapted_linears, rows_memory, standing_memory, states_memory, whole_parameters
 from mens_core.hf.families import REGISTRY
+from mens_core.hf.fit import HEAD
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
 from mens_torch._pages import AT_ONCE
@@ -74,14 +77,23 @@ def memory_parts(
         short += _MASKED * tokens * layout.intermediate_size * width
     chunk = min(_CHUNK, workload.shape.supervised)
     softmax = min(max(1, _IN_CACHE // layout.vocab_size), chunk) if on_cpu else chunk
+    whole = whole_parameters(layout, contract.adapter)
+    standing, head = standing_memory(layout, weights, contract, dtype), whole.get(HEAD, 0)
+    # A batch's own gradient of the head is there, beside the window's, before anything goes backward.
+    standing["gradients"] += 4 * head
+    # Beside it the head and a chunk's product in the run's format, where that is another than the master's.
+    rounded = 2 * width * head if dtype != "float32" else 0
+    # That of an embedding comes when nothing else is kept any more.
+    table = 4 * max((numbers for name, numbers in whole.items() if name != HEAD), default=0)
     parts = {
         "framework": _FRAMEWORK[contract.adapter.method] if on_cpu else _CUDA_FRAMEWORK,
-        **standing_memory(weights, contract, dtype),
-        "activations": kept + short,
-        "logits": layout.vocab_size * (chunk * width + 2 * softmax * 4),
+        **standing,
+        "activations": max(kept + short, table),
+        "logits": layout.vocab_size * (chunk * width + 2 * softmax * 4) + rounded,
     }
     loading = _loading(contract, weights, width, parts) if on_cpu else 0
-    return parts | {"loading": loading, "rows": rows_memory(workload) if on_cpu else 0}
+    host = {"rows": rows_memory(workload), "states": states_memory(layout, contract.adapter)} if on_cpu else {}
+    return parts | {"loading": loading, "rows": 0, **host}
 
 
 def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtype: str) -> int:
@@ -120,7 +132,17 @@ def _made(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     for readers, numbers in _inputs(layout):
         if layout.family is None or any(path.endswith(readers) for path in adapted):
             block += width * numbers
-    return layout.num_layers * block + width * sum(contract.adapter.rank_of(path) for path in adapted)
+    trained = 0 if gpt2 else sum(_norm_width(layout, name) for name in whole_parameters(layout, contract.adapter))
+    ranks = sum(contract.adapter.rank_of(path) for path in adapted)
+    return layout.num_layers * block + width * (trained + ranks)
+
+
+def _norm_width(layout: Layout, name: str) -> int:
+    """Numbers a token that pass through a layer's norm; 0 for what is none."""
+    heads = {"q_norm": layout.num_heads, "k_norm": layout.num_kv_heads}.get(name.split(".")[-2])
+    if heads is not None:
+        return heads * layout.head_dim
+    return layout.hidden_size if "norm" in name and ".layers." in name else 0
 
 
 def _inputs(layout: Layout) -> list[tuple[tuple[str, ...], int]]:

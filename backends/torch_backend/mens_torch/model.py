@@ -1,10 +1,11 @@
 """The decoder with its adapter, and the packing of rows into one forward pass.
 
-transformers' own graph runs; four things are replaced::
+transformers' own graph runs; five things are replaced::
 
     linears of the decoder ─▶ LoraLinear              (every targeted one; with qlora all, in NF4)
     attention              ─▶ packed_attention        (by transformers' AttentionInterface, see _packing)
     head and loss          ─▶ loss.supervised_loss    (on the hidden states of supervised positions)
+    what is trained whole  ─▶ a master in float32     (embeddings, norms, the head, see _whole)
     GELU in eight steps    ─▶ the same GELU in one    (GPT-2's; one kernel, and one tensor kept for the backward)
 
 Nothing is taken on trust: ``load_model`` runs a few tokens and keeps what it found. A model whose rows do not
@@ -27,10 +28,12 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from mens_core.exchange import NF4Spec
+from mens_core.hf.fit import HEAD
 from mens_core.plan import ExecutionPlan
 from mens_torch._checkpointing import checkpoint_layers
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch._pages import MappedFiles
+from mens_torch._whole import train_whole
 from mens_torch.dropout import Dropout
 from mens_torch.lora import LoraLinear, select_targets
 from mens_torch.quant import quantize
@@ -56,8 +59,9 @@ class Model:
     Attributes:
         network: transformers' model; with its own attention unless ``packed``.
         decoder: the part that ends in hidden states.
-        head: (V, D), the output projection.
+        head: (V, D), the output projection; its float32 master where it is trained.
         adapters: module path → the layer that holds its A and B.
+        whole: name of a tensor of the base → its float32 master, of modules that are trained whole.
         device: where it all lives.
         own_attention: the attention transformers chose for it; decoding uses it.
         packed: whether rows run packed; else one at a time.
@@ -68,6 +72,7 @@ class Model:
     decoder: Any
     head: Array | None
     adapters: dict[str, LoraLinear]
+    whole: dict[str, Array]
     device: str
     own_attention: str
     packed: bool = False
@@ -90,12 +95,14 @@ def load_model(plan: ExecutionPlan) -> Model:
             network.set_submodule(path, nn.GELU(approximate="tanh"))
     if plan.contract.training.gradient_checkpointing:
         checkpoint_layers(network)
+    whole = train_whole(network, plan)
     head = network.get_output_embeddings()
     model = Model(
         network=network,
         decoder=network.base_model,
-        head=head.weight if isinstance(head, nn.Linear) and head.bias is None else None,
+        head=whole.get(HEAD, head.weight) if isinstance(head, nn.Linear) and head.bias is None else None,
         adapters=adapters,
+        whole=whole,
         device=plan.device,
         own_attention=network.config._attn_implementation,  # noqa: SLF001 (it has no public reader)
     )
@@ -144,7 +151,7 @@ def logits(model: Model, input_ids: Array, positions: Array, rows: tuple[int, ..
     """
     if model.linear_head and model.head is not None:
         hidden = hidden_states(model, input_ids, positions, rows)
-        return functional.linear(hidden.index_select(0, keep), model.head)
+        return functional.linear(hidden.index_select(0, keep), model.head.to(hidden.dtype))
     return _run(model, model.network, input_ids, positions, rows).index_select(0, keep)
 
 
@@ -216,7 +223,8 @@ def _prove(model: Model, plan: ExecutionPlan) -> None:
         if model.decoder is not model.network and model.head is not None:
             own = model.network(input_ids=middle[None], use_cache=False).logits
             # Exact, because a capped or scaled logit may differ by less than any tolerance on these tokens.
-            model.linear_head = torch.equal(functional.linear(alone, model.head).float(), own.float())
+            product = functional.linear(alone, model.head.to(alone.dtype))
+            model.linear_head = torch.equal(product.float(), own.float())
         obstacle = _obstacle(model, plan)
         if obstacle is None:
             obstacle = _try_packing(model, alone[0], [(first, middle, last), (other_first, middle, other_last)])

@@ -6,7 +6,7 @@
                                                              │ · 1 / supervised tokens of the window
                                                              │ · min(1, max_grad_norm / norm)
                                                              ▼
-                            A, B ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
+              A, B, what is whole ◀── AdamW (Loshchilov & Hutter 2019, algorithm 2), unless something is not finite
 
 Nothing waits for the device, but that dropout reads how many steps were taken: metrics and the decision to skip an
 update stay there.
@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from mens_core.errors import ContractError, DataError, ModelError
 from mens_core.exchange import IGNORE, Batch, BatchShape, StepMetrics, TrainingState
+from mens_core.hf.fit import HEAD
 from mens_core.plan import ExecutionPlan
 from mens_torch.dropout import Dropout, dropout_of
 from mens_torch.loss import supervised_loss
@@ -44,7 +45,7 @@ class Session:
     Attributes:
         plan: what is being done.
         model: the base with its adapter.
-        parameters: shared name → float32 master of A or B, a view into ``trained``.
+        parameters: shared name → float32 master, of A, of B or of what is trained whole, a view into ``trained``.
         trained: all parameters end to end, (P,) float32, as ``trained.grad`` holds all gradients.
         optimizer: AdamW over ``trained``, its moments and counter always in place.
         fresh_since: the step at which the moments were last zero; None once they were restored.
@@ -90,6 +91,7 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
     parameters: dict[str, Array] = {}
     for path, layer in model.adapters.items():
         parameters[f"{path}.lora_A.weight"], parameters[f"{path}.lora_B.weight"] = layer.lora_a, layer.lora_b
+    parameters |= model.whole
     trained = _joined(parameters)
     optimizer = torch.optim.AdamW(
         [trained],
@@ -220,7 +222,7 @@ def _loss_sum(session: Session, batch: Batch) -> Array:
     keep, targets = _sent(chosen, model.device), _sent(batch.targets[chosen], model.device)
     if model.linear_head and model.head is not None:
         hidden = hidden_states(model, input_ids, positions, rows).index_select(0, keep)
-        return supervised_loss(hidden, model.head, targets)
+        return supervised_loss(hidden, model.head, targets, trained=HEAD in model.whole)
     found = logits(model, input_ids, positions, rows, keep)
     return functional.cross_entropy(found.float(), targets, reduction="sum")
 

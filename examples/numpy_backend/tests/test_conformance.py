@@ -10,5 +10,6 @@ class Capabilities(BackendCapabilities):
     backend = "numpy"
     gpt2 = llama = qwen2 = qwen3 = OPEN
     dropout = patterns = whole = generate = merge = OPEN
+    modules_to_save = closed("A and B alone are trained here")
     qlora = closed("there is no NF4 base in NumPy here")
     bfloat16 = closed("NumPy computes in float32")

@@ -7,7 +7,7 @@ A test module of a backend consists of two things::
     class Capabilities(BackendCapabilities):
         backend = "mine"
         gpt2 = llama = qwen2 = qwen3 = OPEN
-        generate = merge = dropout = patterns = whole = OPEN
+        generate = merge = dropout = patterns = whole = modules_to_save = OPEN
         qlora = closed("no NF4 base yet")
         bfloat16 = closed("computes in float32")
 
@@ -68,6 +68,11 @@ from mens_core.testing.conformance.patterned import (
 )
 from mens_core.testing.conformance.replacing import (
     test_what_a_plan_has_whole_takes_the_places_of_the_base,
+)
+from mens_core.testing.conformance.saving import (
+    test_gradients_of_modules_trained_whole_are_those_of_the_specification,
+    test_modules_trained_whole_come_out_and_go_in_bit_for_bit,
+    test_modules_trained_whole_start_as_the_base_has_them,
 )
 from mens_core.testing.conformance.state import (
     test_a_copy_stays_as_it_was,
@@ -132,10 +137,13 @@ __all__ = [
     "test_files_in_bfloat16_are_read_exactly",
     "test_fresh_moments_come_out_as_none",
     "test_gradients_are_those_of_the_specification",
+    "test_gradients_of_modules_trained_whole_are_those_of_the_specification",
     "test_layers_have_ranks_of_their_own",
     "test_layers_have_scales_of_their_own",
     "test_logits_are_those_of_the_specification",
     "test_logits_in_bfloat16_are_near_the_specification",
+    "test_modules_trained_whole_come_out_and_go_in_bit_for_bit",
+    "test_modules_trained_whole_start_as_the_base_has_them",
     "test_names_and_shapes_of_an_adapter_are_shared",
     "test_nf4_comes_back_as_the_specification_says",
     "test_nf4_is_byte_for_byte_that_of_the_specification",

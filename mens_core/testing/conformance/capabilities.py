@@ -17,6 +17,7 @@ CAPABILITIES = {
     "dropout": "dropout of the adapter's input in mens_step",
     "patterns": "ranks and scales of their own, by rank_pattern and alpha_pattern: an offer with patterns",
     "whole": "tensors of a plan that take the base's places: an offer with whole",
+    "modules_to_save": "modules that are trained whole, by modules_to_save: an offer with modules_to_save",
     "bfloat16": "a base in bfloat16",
     "generate": "mens_generate",
     "merge": "mens_merge",

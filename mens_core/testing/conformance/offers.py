@@ -79,6 +79,7 @@ def _obstacle(workbench: Workbench, name: str) -> str | None:
         "qlora": {"method": "qlora"},
         "dropout": {"dropout": 0.3},
         "patterns": {"rank_pattern": {"a": 2}},
+        "modules_to_save": {"modules_to_save": ("lm_head",)},
         "bfloat16": {"dtype": "bfloat16"},
     }
     offer = _offer(workbench, family, **asked.get(name, {}))

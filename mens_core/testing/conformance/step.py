@@ -18,6 +18,7 @@ from mens_core.testing.conformance.reference import Reference, adamw
 from mens_core.testing.conformance.workbench import Workbench, same_state, untouched
 
 __all__ = [
+    "gradients_match",
     "test_a_batch_without_targets_adds_nothing",
     "test_a_step_that_is_not_finite_changes_nothing",
     "test_clipping_really_clips",
@@ -58,7 +59,8 @@ def _first_step(workbench: Workbench, family: str, window: list[Batch], **fields
     return metrics, _gradient(before, workbench.backend.state(session))
 
 
-def _gradients_match(workbench: Workbench, family: str, **fields: object) -> None:
+def gradients_match(workbench: Workbench, family: str, **fields: object) -> None:
+    """Fail unless every gradient, and what a step tells, is the specification's under the given fields."""
     metrics, found = _first_step(workbench, family, _WINDOW, **fields)
     reference = Reference(workbench.plan(family, **fields))
     _, adapter = workbench.adapted(family, max_grad_norm=_UNBOUNDED, **fields)
@@ -89,12 +91,12 @@ def _gradients_match(workbench: Workbench, family: str, **fields: object) -> Non
 
 
 def test_gradients_are_those_of_the_specification(workbench: Workbench, family: str) -> None:
-    _gradients_match(workbench, family)
+    gradients_match(workbench, family)
 
 
 def test_qlora_gradients_are_those_of_the_specification(workbench: Workbench) -> None:
     workbench.needs("qlora")
-    _gradients_match(workbench, workbench.any_family, method="qlora")
+    gradients_match(workbench, workbench.any_family, method="qlora")
 
 
 def test_clipping_really_clips(workbench: Workbench) -> None:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from mens_core.testing.conformance import disk, dropping, forward, generating, offers, opening, state, step, weights
+from mens_core.testing.conformance import (
+    disk,
+    dropping,
+    forward,
+    generating,
+    offers,
+    opening,
+    patterned,
+    replacing,
+    saving,
+    state,
+    step,
+    weights,
+)
 from mens_core.testing.conformance.workbench import Workbench
 
 __all__ = ["TESTS", "test_the_suite_is_whole"]
 
-_PARTS = (offers, opening, forward, step, dropping, state, weights, generating, disk)
+_PARTS = (offers, opening, forward, step, dropping, patterned, replacing, saving, state, weights, generating, disk)
 
-TESTS = {name: getattr(part, name) for part in _PARTS for name in part.__all__}
+TESTS = {name: getattr(part, name) for part in _PARTS for name in part.__all__ if name.startswith("test_")}
 """Name → test function."""
 
 

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from mens_core.artifacts.tensors import open_tensors
 from mens_core.errors import ModelError
 from mens_core.exchange import Batch
+from mens_core.hf.fit import HEAD
 from mens_core.hf.keymap import canonical_name, family_of, linear_shapes, tensor_shapes
 from mens_core.hf.layout import GRAPHS, Layout, read_layout
+from mens_core.hf.whole import untrained_row
 from mens_core.testing.oracle.layers import ACTIVATIONS, attention, layer_norm, rms_norm
 from mens_core.testing.oracle.linear import linear
 from mens_core.testing.oracle.loss import cross_entropy
@@ -74,6 +76,8 @@ def read_base(folder: Path, layout: Layout, stored: Stored | None = None) -> dic
 class Oracle:
     """A base with the scales of its adapter. The adapter itself is an argument: a function's derivative is by it.
 
+    What an adapter has under the name of a tensor of the base takes its place.
+
     Attributes:
         layout: of the model.
         base: from ``read_base``.
@@ -121,15 +125,20 @@ class Oracle:
             (T, V) float64, or complex128 for a complex adapter.
         """
         gpt2 = self.layout.family == "gpt2"
-        table = self.base["transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"]
-        hidden = table[batch.input_ids]
+        base = {**self.base, **adapter}
+        table = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
+        hidden = base[table][batch.input_ids]
+        # The padding token's row is no variable.
+        fixed = batch.input_ids == untrained_row(self.layout)
+        hidden = np.where(fixed[:, None], hidden.real, hidden)
         if gpt2:
-            hidden = hidden + self.base["transformer.wpe.weight"][batch.positions]
+            hidden = hidden + base["transformer.wpe.weight"][batch.positions]
         block = self._gpt2_block if gpt2 else self._llama_block
         for layer in range(self.layout.num_layers):
             hidden = block(layer, hidden, adapter, batch)
-        hidden = self._norm("transformer.ln_f" if gpt2 else "model.norm", hidden)
-        return hidden @ (table if self.layout.tied else self.base["lm_head.weight"]).T
+        hidden = self._norm("transformer.ln_f" if gpt2 else "model.norm", hidden, adapter)
+        logits: Array = hidden @ base.get(HEAD, self.base[table]).T
+        return logits
 
     def loss(self, adapter: Adapter, batch: Batch) -> Any:
         """``mens_loss``, without the count: the sum over the supervised tokens, in nats."""
@@ -137,7 +146,7 @@ class Oracle:
 
     def _gpt2_block(self, layer: int, hidden: Array, adapter: Adapter, batch: Batch) -> Array:
         path = f"transformer.h.{layer}"
-        mixed = self._linear(f"{path}.attn.c_attn", self._norm(f"{path}.ln_1", hidden), adapter)
+        mixed = self._linear(f"{path}.attn.c_attn", self._norm(f"{path}.ln_1", hidden, adapter), adapter)
         query, key, value = (
             part.reshape(len(hidden), -1, self.layout.head_dim) for part in np.split(mixed, 3, axis=-1)
         )
@@ -146,15 +155,16 @@ class Oracle:
         scale /= layer + 1 if config.get("scale_attn_by_inverse_layer_idx", False) else 1
         attended = attention(query, key, value, batch.row_lengths.tolist(), scale, None)
         hidden = hidden + self._linear(f"{path}.attn.c_proj", attended.reshape(hidden.shape), adapter)
-        inner = self._linear(f"{path}.mlp.c_fc", self._norm(f"{path}.ln_2", hidden), adapter)
+        inner = self._linear(f"{path}.mlp.c_fc", self._norm(f"{path}.ln_2", hidden, adapter), adapter)
         inner = ACTIVATIONS[config.get("activation_function", "gelu_new")](inner)
         return hidden + self._linear(f"{path}.mlp.c_proj", inner, adapter)
 
     def _llama_block(self, layer: int, hidden: Array, adapter: Adapter, batch: Batch) -> Array:
         path = f"model.layers.{layer}"
-        attended = self._llama_attention(layer, self._norm(f"{path}.input_layernorm", hidden), adapter, batch)
+        normed = self._norm(f"{path}.input_layernorm", hidden, adapter)
+        attended = self._llama_attention(layer, normed, adapter, batch)
         hidden = hidden + self._linear(f"{path}.self_attn.o_proj", attended, adapter)
-        normed = self._norm(f"{path}.post_attention_layernorm", hidden)
+        normed = self._norm(f"{path}.post_attention_layernorm", hidden, adapter)
         gate, up = (self._linear(f"{path}.mlp.{name}_proj", normed, adapter) for name in ("gate", "up"))
         inner = ACTIVATIONS[self.layout.config.get("hidden_act", "silu")](gate) * up
         return hidden + self._linear(f"{path}.mlp.down_proj", inner, adapter)
@@ -165,7 +175,7 @@ class Oracle:
             self._linear(f"{path}.{name}_proj", x, adapter).reshape(len(x), -1, width) for name in "qkv"
         )
         if family_of(self.layout).head_norms:
-            query, key = self._norm(f"{path}.q_norm", query), self._norm(f"{path}.k_norm", key)
+            query, key = (self._norm(f"{path}.{name}_norm", x, adapter) for name, x in (("q", query), ("k", key)))
         frequencies = inverse_frequencies(self.layout)
         query, key = (rotate(part, batch.positions, frequencies) for part in (query, key))
         attended = attention(query, key, value, batch.row_lengths.tolist(), width**-0.5, self._window(layer))
@@ -181,7 +191,8 @@ class Oracle:
         scale = self.scales.get(path, self.scale)
         return linear(x, self.base[f"{path}.weight"], self.base.get(f"{path}.bias"), lora_a, lora_b, scale)
 
-    def _norm(self, path: str, x: Array) -> Array:
-        weight, bias = self.base[f"{path}.weight"], self.base.get(f"{path}.bias")
+    def _norm(self, path: str, x: Array, adapter: Adapter) -> Array:
+        weight, bias = (adapter.get(name, self.base.get(name)) for name in (f"{path}.weight", f"{path}.bias"))
+        assert weight is not None, "a norm of the family has a weight"
         epsilon = self.layout.norm_eps
         return rms_norm(x, weight, epsilon) if bias is None else layer_norm(x, weight, bias, epsilon)

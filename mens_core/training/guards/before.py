@@ -12,6 +12,7 @@ from mens_core.costs import adapted_linears
 from mens_core.exchange import TrainingState
 from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import Layout
+from mens_core.hf.whole import whole_shapes
 from mens_core.plan import BaseWeights
 from mens_core.sections import AdapterSpec
 from mens_core.text.encode import Encoder
@@ -58,7 +59,8 @@ def trainable_set(adapter: dict[str, tuple[int, ...]], layout: Layout, spec: Ada
     linears = pairs if layout.family is None else linear_shapes(layout)
     wanted = adapted_linears(BaseWeights(parameters=0, stored_bytes=0, linears=linears), spec)
     ranks = {path: spec.rank_of(path) for path in wanted}
-    expected = {f"{path}.lora_A.weight": (ranks[path], into) for path, (_, into) in wanted.items()}
+    expected = whole_shapes(layout, spec.modules_to_save)
+    expected |= {f"{path}.lora_A.weight": (ranks[path], into) for path, (_, into) in wanted.items()}
     expected |= {f"{path}.lora_B.weight": (out, ranks[path]) for path, (out, _) in wanted.items()}
     wrong = sorted(name for name in {**adapter, **expected} if adapter.get(name) != expected.get(name))
     numbers = {"tensors": len(adapter), "expected": len(expected), "wrong": len(wrong)}
@@ -69,6 +71,7 @@ def trainable_set(adapter: dict[str, tuple[int, ...]], layout: Layout, spec: Ada
         return Verdict(code=code, passed=False, message=message, numbers=numbers, fix=fix)
     held = sorted({*ranks.values()})
     modules = f"{len(wanted)} linear layers of rank {held[0]}" + (f" to {held[-1]}" if held[1:] else "")
+    modules += f" and {len(expected) - 2 * len(wanted)} tensors whole" if spec.modules_to_save else ""
     return Verdict(code=code, passed=True, message=f"{modules} are trained, as asked for", numbers=numbers)
 
 

@@ -128,7 +128,7 @@ class Gate:
         Raises:
             TrainingError: naming the guard that failed.
         """
-        read = open_adapter(folder).tensors()
+        read = open_adapter(folder).trained()
         session = self.backend.restore(session, TrainingState(adapter=read, optimizer={}, step=0))
         loss = self.backend.loss(session, self._batch)[0]
         self.judge.record(after.reload_gives_the_same(end.adapter, read, self._loss, loss))
