@@ -209,7 +209,7 @@ def test_xla_holds_less_by_what_the_jax_backend_says(deep):
         plan = tiny.plan_for(backend, deep["llama"], gradient_checkpointing=again)
         session = backend.open(plan, attrs.evolve(tiny.SHAPE, tokens=64))
         packed = fill(batch, session.buckets.fit([batch]))
-        rest = session.graph, session.unravel, session.frozen, packed
+        rest = session.structure, session.frozen, packed
         gradient = jax.jit(lambda adapter, rest=rest: jax.grad(step._loss_sum)(adapter, *rest))
         held.append(gradient.lower(session.trained.adapter).compile().memory_analysis().temp_size_in_bytes)
         said.append(4 * memory._kept(plan.layout, tiny.weights_of(deep["llama"]), 64, again=again))

@@ -11,7 +11,6 @@ import pytest
 import references
 import tiny
 import tolerances
-from flax import nnx
 from mens_jax import attention, decode, step
 from mens_jax._packing import Rows, fill, stack
 from mens_jax._sizes import Buckets, Size
@@ -80,7 +79,7 @@ def test_the_compiled_program_does_not_grow_with_the_layers(backend, tmp_path):
         session = backend.open(tiny.plan_for(backend, folder, method="qlora"), tiny.SHAPE)
         batch = tiny.batch_of(9, 5)
         window = stack([fill(batch, session.buckets.fit([batch]))], 1)
-        arguments = (session.graph, session.unravel, session.frozen, session.trained, window)
+        arguments = (session.structure, session.frozen, session.trained, window)
         program = step._step.lower(*arguments, np.int32(1), np.ones(4, np.float32)).as_text()
         lines.append(program.count("\n"))
     assert lines[0] == lines[1]
@@ -266,8 +265,8 @@ def test_what_fills_a_stack_up_to_its_largest_rank_stays_zero(backend, folders):
     session = backend.restore(session, start)
     for _ in range(3):
         backend.step(session, [tiny.batch_of(9, 5, seed=1)], 1e-2)
-    for vector in (session.trained.adapter, session.trained.exp_avg, session.trained.exp_avg_sq):
-        stacks = session.unravel(vector).model.layers.self_attn.q_proj
+    for numbers in (session.trained.adapter, session.trained.exp_avg, session.trained.exp_avg_sq):
+        stacks = session.structure.unravel(numbers.vector).model.layers.self_attn.q_proj
         lora_a, lora_b = np.asarray(stacks.lora_a.get_value()), np.asarray(stacks.lora_b.get_value())
         assert (lora_a.shape[:2], lora_b.shape[::2]) == ((2, 7), (2, 7))
         assert not lora_a[0, 4:].any()
@@ -292,7 +291,7 @@ def test_layers_apart_and_the_scan_of_accelerators_decode_the_same_tokens(backen
 
 def test_layers_apart_lie_where_their_stack_does(backend, folders):
     session = backend.open(tiny.plan_for(backend, folders["qwen2"]), tiny.SHAPE)
-    model = nnx.merge(session.graph, session.frozen, session.unravel(session.trained.adapter))
+    model = session.structure.model(session.frozen, session.trained.adapter)
     stack = np.asarray(model.decoder.blocks.mlp.up_proj.weight.get_value())
     layers = decode._layers_apart(model)
     assert len(layers) == len(stack)

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from mens_core.errors import DataError
 from mens_core.exchange import GenerateSettings
+from mens_jax._adamw import Numbers
 from mens_jax._arrays import dot
 from mens_jax._blocks import scan_blocks
 from mens_jax._sizes import rounded_up
 from mens_jax.model import Model
-from mens_jax.step import Session
+from mens_jax.step import Session, Structure
 
 __all__ = ["generate"]
 
@@ -67,17 +68,17 @@ def generate(
     width = rounded_up(len(prompt))
     ids = np.zeros(width, np.int32)
     ids[: len(prompt)] = prompt
-    weights = session.frozen, session.adapter
-    layers = _layers_apart(nnx.merge(session.graph, *weights))
+    model = session.structure, session.frozen, session.trained.adapter
+    layers = _layers_apart(session.structure.model(session.frozen, session.trained.adapter))
     places = layout.num_layers, max(width, rounded_up(longest)), layout.num_kv_heads, layout.head_dim
     length, stops = np.int32(len(prompt)), _stops(settings.stop_tokens)
-    answer = _begin(session.graph, places, layers is not None, *weights, ids, length, stops)
+    answer = _begin(*model, places, layers is not None, ids, length, stops)
     if on_token is None:
-        answer = _go_on(session.graph, *weights, layers, answer, np.int32(settings.max_new_tokens), length, stops)
+        answer = _go_on(*model, layers, answer, np.int32(settings.max_new_tokens), length, stops)
         return _tokens(answer)
     on_token(_tokens(answer)[-1])
     while int(answer.length) < settings.max_new_tokens and not bool(answer.stopped):
-        answer = _go_on(session.graph, *weights, layers, answer, np.int32(answer.length + 1), length, stops)
+        answer = _go_on(*model, layers, answer, np.int32(answer.length + 1), length, stops)
         on_token(_tokens(answer)[-1])
     return _tokens(answer)
 
@@ -131,18 +132,18 @@ def _layers_apart(model: Model) -> _Layers:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _begin(
-    graph: nnx.GraphDef[Model],
+    structure: Structure,
+    frozen: nnx.State,
+    adapter: Numbers,
     cache_shape: tuple[int, int, int, int],
     apart: bool,
-    frozen: nnx.State,
-    adapter: nnx.State,
     prompt: Array,
     length: Array,
     stops: Array,
 ) -> _Answer:
-    model = nnx.merge(graph, adapter, frozen)
+    model = structure.model(frozen, adapter)
     empty, zero = jnp.zeros(cache_shape, model.head.dtype), jnp.zeros((), jnp.int32)
     hidden, cache = _extend(model, _Cache(empty, empty), prompt, zero)
     if apart:
@@ -154,9 +155,9 @@ def _begin(
 # The cache is changed where it is.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _go_on(
-    graph: nnx.GraphDef[Model],
+    structure: Structure,
     frozen: nnx.State,
-    adapter: nnx.State,
+    adapter: Numbers,
     layers: _Layers,
     answer: _Answer,
     most: Array,
@@ -164,7 +165,7 @@ def _go_on(
     stops: Array,
 ) -> _Answer:
     """Tokens until there are ``most``, or a stop token was met; the prompt had ``length``."""
-    model = nnx.merge(graph, adapter, frozen)
+    model = structure.model(frozen, adapter)
 
     def one_more(answer: _Answer) -> _Answer:
         last = answer.tokens[answer.length - 1][None]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
 
 import attrs
 import jax
@@ -47,8 +46,26 @@ __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "st
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
-_Graph: TypeAlias = "nnx.GraphDef[Model]"
-_Unravel: TypeAlias = "Callable[[Array], nnx.State]"
+
+@attrs.frozen(cache_hash=True)
+class Structure:
+    """What is compiled in of a model; its arrays are apart, as JAX's transformations want them.
+
+    Its hash, by which JAX finds what it has compiled, is taken once: that of a graph takes a tenth of a tiny step.
+
+    Attributes:
+        graph: the model without its arrays.
+        unravel: the vector of what is trained to the model's state.
+    """
+
+    graph: nnx.GraphDef[Model]
+    unravel: Callable[[Array], nnx.State]
+
+    def model(self, frozen: nnx.State, adapter: Numbers) -> Model:
+        """The model with its arrays."""
+        state = nnx.merge_state(self.unravel(adapter.vector), adapter.tables)
+        found: Model = nnx.merge(self.graph, state, frozen)
+        return found
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -57,9 +74,8 @@ class Session:
 
     Attributes:
         plan: what is being done.
-        graph: the model's structure; the arrays are apart, as JAX's transformations want them.
+        structure: of the model.
         frozen: the base's arrays.
-        unravel: the vector of what is trained to the model's state.
         trained: adapter and optimizer.
         adapted: module paths that carry an adapter, layer by layer.
         whole: names of the tensors that are trained whole.
@@ -68,19 +84,13 @@ class Session:
     """
 
     plan: ExecutionPlan
-    graph: _Graph
+    structure: Structure
     frozen: nnx.State
-    unravel: _Unravel
     trained: Trained
     adapted: tuple[str, ...]
     whole: tuple[str, ...]
     buckets: Buckets
     fresh_since: int | None = 0
-
-    @property
-    def adapter(self) -> nnx.State:
-        """What is trained, as the model's state."""
-        return _state_of(self.unravel, self.trained.adapter)
 
 
 def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
@@ -106,9 +116,8 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
     frozen, trained = jax.device_put((frozen, trained), device)
     return Session(
         plan=plan,
-        graph=graph,
+        structure=Structure(graph, unravel),
         frozen=frozen,
-        unravel=unravel,
         trained=trained,
         adapted=model.adapted,
         whole=tuple(whole_shapes(plan.layout, plan.contract.adapter.modules_to_save)),
@@ -123,7 +132,7 @@ def forward(session: Session, batch: Batch) -> NDArray[np.float32]:
         (T, V) float32.
     """
     packed = fill(batch, session.buckets.fit([batch]))
-    found = _logits(session.graph, session.unravel, session.frozen, session.trained.adapter, packed)
+    found = _logits(session.structure, session.frozen, session.trained.adapter, packed)
     return np.array(found[: len(batch.input_ids)])
 
 
@@ -136,7 +145,7 @@ def loss(session: Session, batch: Batch) -> tuple[float, int]:
     if not batch.supervised_tokens:
         return 0.0, 0
     packed = fill(batch, session.buckets.fit([batch]))
-    total = _loss_sum(session.trained.adapter, session.graph, session.unravel, session.frozen, packed)
+    total = _loss_sum(session.trained.adapter, session.structure, session.frozen, packed)
     return float(total), batch.supervised_tokens
 
 
@@ -162,8 +171,7 @@ def step(session: Session, window: Sequence[Batch], learning_rate: float) -> Ste
     packed = stack([fill(batch, size) for batch in batches], max(session.buckets.batches, len(batches)))
     spec = session.plan.contract.training
     session.trained, loss_sum, grad_norm = _step(
-        session.graph,
-        session.unravel,
+        session.structure,
         session.frozen,
         session.trained,
         packed,
@@ -210,23 +218,22 @@ def restore(session: Session, state: TrainingState) -> Session:
     return session
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(graph: _Graph, unravel: _Unravel, frozen: nnx.State, adapter: Numbers, batch: PackedBatch) -> Array:
-    model, everything = nnx.merge(graph, _state_of(unravel, adapter), frozen), jnp.arange(len(batch.input_ids))
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(structure: Structure, frozen: nnx.State, adapter: Numbers, batch: PackedBatch) -> Array:
+    model, everything = structure.model(frozen, adapter), jnp.arange(len(batch.input_ids))
     return logits(model, batch.input_ids, batch.positions, batch.rows, everything)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=1)
 def _loss_sum(
     adapter: Numbers,
-    graph: _Graph,
-    unravel: _Unravel,
+    structure: Structure,
     frozen: nnx.State,
     batch: PackedBatch,
     dropout: Dropout | None = None,
 ) -> Array:
     """Sum of the supervised tokens' cross-entropies, () float32; in training under dropout of this batch."""
-    model = nnx.merge(graph, _state_of(unravel, adapter), frozen)
+    model = structure.model(frozen, adapter)
     set_dropout(model, dropout)
     hidden = hidden_states(model, batch.input_ids, batch.positions, batch.rows)
     chosen, head = take(hidden, batch.keep, batch.back), model.table_out
@@ -234,10 +241,9 @@ def _loss_sum(
     return supervised_loss(chosen, head.source, batch.targets, chunk, trained=head.trained)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _step(
-    graph: _Graph,
-    unravel: _Unravel,
+    structure: Structure,
     frozen: nnx.State,
     trained: Trained,
     window: PackedBatch,
@@ -248,8 +254,7 @@ def _step(
     """The whole step on the device: (trained, loss sum, mean gradient's global norm).
 
     Args:
-        graph: the model's structure, static.
-        unravel: the vector of what is trained to the model's state, static.
+        structure: of the model, static.
         frozen: the base's arrays.
         trained: donated; its memory is the result's.
         window: batches one above the other.
@@ -263,7 +268,7 @@ def _step(
     def add(index: Array, sums: tuple[Array, Numbers]) -> tuple[Array, Numbers]:
         batch = jax.tree.map(lambda part: part[index], window)
         own = None if dropout is None else dropout.fold(trained.updates, index)
-        loss_sum, gradient = jax.value_and_grad(_loss_sum)(trained.adapter, graph, unravel, frozen, batch, own)
+        loss_sum, gradient = jax.value_and_grad(_loss_sum)(trained.adapter, structure, frozen, batch, own)
         return sums[0] + loss_sum, jax.tree.map(jnp.add, sums[1], gradient)
 
     zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained.adapter)
@@ -276,10 +281,6 @@ def _step(
     return jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, trained), loss_sum, norm
 
 
-def _state_of(unravel: _Unravel, adapter: Numbers) -> nnx.State:
-    return nnx.merge_state(unravel(adapter.vector), adapter.tables)
-
-
 def _on_host(numbers: Numbers) -> Numbers:
     """The same numbers as NumPy's arrays, not to be written into."""
     found: Numbers = jax.tree.map(np.asarray, numbers)
@@ -290,7 +291,7 @@ def _parts(session: Session, numbers: Numbers) -> dict[str, NDArray[np.float32]]
     """Shared name → view into the numbers, which are on the host, in the order of the model's layers."""
     stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(numbers.tables)}
     begin, vector = 0, numbers.vector
-    for path, leaf in nnx.to_flat_state(jax.eval_shape(session.unravel, vector)):
+    for path, leaf in nnx.to_flat_state(jax.eval_shape(session.structure.unravel, vector)):
         shape = leaf.get_value().shape
         stacks[".".join(map(str, path))] = vector[begin : begin + math.prod(shape)].reshape(shape)
         begin += math.prod(shape)
