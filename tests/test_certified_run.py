@@ -25,7 +25,8 @@ def asked(model_dirs, corpus_dir, tmp_path):
 
 
 def test_a_certified_run_keeps_its_certificate_and_the_manifest_its_hash(asked):
-    result = Planner().run(**asked)
+    # With modules that are trained whole, which are held to the specification like the pairs.
+    result = Planner().run(**asked, modules_to_save=("lm_head", "wte", "ln_f"))
     file = result.output_dir / "parity.json"
     found = json.loads(file.read_text(encoding="utf-8"))
     (model,) = found["models"]

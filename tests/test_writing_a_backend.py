@@ -72,7 +72,7 @@ def test_fields_of_the_contract_that_are_named_exist():
 
 def test_what_may_be_relied_on_is_there():
     named = re.findall(r"^\| `(mens_core(?:\.\w+)+)\.(\w+)` \|", PAGE, re.MULTILINE)
-    assert len(named) == 5
+    assert len(named) == 6
     assert all(name in import_module(module).__all__ for module, name in named)
 
 

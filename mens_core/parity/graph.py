@@ -22,8 +22,11 @@ Arrays = Mapping[str, NDArray[Any]]
 def compare_graphs(
     left: Witness, right: Witness, adapter: Arrays, material: Material, layers: int
 ) -> Iterator[Comparison]:
-    """Logits without and with the adapter, packed rows and a row alone; losses, masked in part and altogether."""
-    zero = {name: np.zeros_like(array) for name, array in adapter.items()}
+    """Logits without and with the adapter's pairs, packed rows and a row alone; losses, masked in part and altogether.
+
+    What is trained whole is a part of the base here.
+    """
+    zero = {name: np.zeros_like(array) if ".lora_" in name else array for name, array in adapter.items()}
     yield compare_logits("logits of the base", left, right, zero, material.batch, layers)
     yield compare_logits("logits with the adapter", left, right, adapter, material.batch, layers)
     yield compare_logits("logits of a row alone", left, right, adapter, material.rows[0], layers)

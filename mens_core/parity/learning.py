@@ -195,4 +195,7 @@ def _course(material: Material) -> Sequence[Sequence[Batch]]:
 
 
 def _parameters_apart(what: str, names: tuple[str, str], ends: Sequence[Arrays]) -> Comparison:
-    return tensors_apart(what, (names[0], ends[0]), (names[1], ends[1]), ADAMW, RATE)
+    # The bound is for parameters up to 0.5; what is trained whole may be larger, and is rounded accordingly.
+    sizes = {name: 1.0 if ".lora_" in name else max(1.0, 2 * np.abs(array).max()) for name, array in ends[1].items()}
+    left, right = ({name: array / np.float64(sizes[name]) for name, array in end.items()} for end in ends)
+    return tensors_apart(what, (names[0], left), (names[1], right), ADAMW, RATE)

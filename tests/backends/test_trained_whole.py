@@ -29,9 +29,9 @@ WINDOW = [tiny.batch_of(9, 5, seed=1), tiny.batch_of(12, 3, 4, seed=2, supervise
 RATE = 1e-2
 # The padding token of three families, whose row of the embedding transformers never trains.
 WITH_PADDING = [
-    tiny.with_tokens(WINDOW[0], np.where(WINDOW[0].input_ids % 5 == 0, 0, WINDOW[0].input_ids).astype(np.int32))
+    attrs.evolve(WINDOW[0], input_ids=np.where(WINDOW[0].input_ids % 5 == 0, 0, WINDOW[0].input_ids).astype(np.int32)),
+    WINDOW[1],
 ]
-WITH_PADDING = [attrs.evolve(WITH_PADDING[0], targets=WINDOW[0].targets), WINDOW[1]]
 
 # Tied heads in every way, an untied one, every norm, and one norm of a stack of them.
 SAVED = {
