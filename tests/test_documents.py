@@ -8,6 +8,7 @@ in an empty folder with what a reader is supposed to have: ``my_project``, some 
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shlex
@@ -178,3 +179,16 @@ def test_the_reference_is_what_the_code_says():
         assert current == page(), "python scripts/reference_pages.py writes it anew"
     written = runpy.run_path(str(ROOT / "scripts/telemetry_page.py"))
     assert written["PAGE"].read_text(encoding="utf-8") == written["page"](), "python scripts/telemetry_page.py does"
+
+
+def test_the_readme_quotes_figures_that_the_suite_of_benchmarks_has_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    written = runpy.run_path(str(ROOT / "benchmarks/suite.py"))
+    results = json.loads((ROOT / "benchmarks/results.json").read_text(encoding="utf-8"))
+    assert (ROOT / "benchmarks/results.md").read_text(encoding="utf-8") == written["page"](results)
+    quoted = re.findall(
+        r"^\| (.+) \| (\d+\.\d\d \[.+\]) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    measured = [line.split(" | ") for line in map(written["line"], results["figures"])]
+    assert quoted
+    assert {*quoted} <= {(what, ratio) for _, what, allocator, ratio, *_ in measured if allocator == "default"}

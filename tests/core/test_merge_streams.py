@@ -91,5 +91,4 @@ def test_a_merge_of_eight_gigabytes_holds_one_tensor_and_some_blocks(folder):
     streamed, held = peaks(folder, "plain", "hold")
     merged = [info for path in (folder / "plain").glob("*.safetensors") for info in read_header(path).values()]
     assert sum(info.stop - info.start for info in merged) > 8000 * MB
-    assert streamed < tensor + 100 * MB
-    assert held > 2 * tensor
+    assert streamed < tensor + 100 * MB < held

@@ -31,8 +31,9 @@ from mens_jax._adamw import Numbers
 from mens_jax._arrays import dot
 from mens_jax._blocks import scan_blocks
 from mens_jax._sizes import rounded_up
+from mens_jax._structure import Structure
 from mens_jax.model import Model
-from mens_jax.step import Session, Structure
+from mens_jax.step import Session
 
 __all__ = ["generate"]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import jax
@@ -37,35 +37,15 @@ from mens_jax._arrays import device_named, take
 from mens_jax._names import stacked_name
 from mens_jax._packing import PackedBatch, fill, stack
 from mens_jax._sizes import Buckets, logits_chunk
+from mens_jax._structure import Structure
 from mens_jax._whole import Table
 from mens_jax.dropout import Dropout, dropout_of
 from mens_jax.loss import supervised_loss
-from mens_jax.model import Model, hidden_states, load_model, logits, set_dropout
+from mens_jax.model import hidden_states, load_model, logits, set_dropout
 
 __all__ = ["Session", "forward", "loss", "open_session", "restore", "state", "step"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@attrs.frozen(cache_hash=True)
-class Structure:
-    """What is compiled in of a model; its arrays are apart, as JAX's transformations want them.
-
-    Its hash, by which JAX finds what it has compiled, is taken once: that of a graph takes a tenth of a tiny step.
-
-    Attributes:
-        graph: the model without its arrays.
-        unravel: the vector of what is trained to the model's state.
-    """
-
-    graph: nnx.GraphDef[Model]
-    unravel: Callable[[Array], nnx.State]
-
-    def model(self, frozen: nnx.State, adapter: Numbers) -> Model:
-        """The model with its arrays."""
-        state = nnx.merge_state(self.unravel(adapter.vector), adapter.tables)
-        found: Model = nnx.merge(self.graph, state, frozen)
-        return found
 
 
 @attrs.define(kw_only=True, eq=False)
