@@ -4,10 +4,10 @@
     peft    AutoModelForCausalLM + PeftModel, merge_and_unload, save_pretrained
     copy    shutil.copyfile of the weights
 
-Each in a process of its own, on one core, in turns; wall-clock seconds of the work without the imports, and the peak of
-resident memory above what the imports took. The merged tensors are compared bit by bit first.
+Each in a process of its own, on one core or so many, in turns; wall-clock seconds of the work without the imports, and the
+peak of resident memory above what the imports took. The merged tensors are compared bit by bit first.
 
-    make bench-merge
+    make bench-merge      or     python benchmarks/merge.py [--rounds 5] [--cores 1]
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ def main() -> None:
     """Measure and print one line a claim."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--work", choices=WORK, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        measure(arguments.work, arguments.folder)
+        measure(arguments.work, arguments.folder, arguments.cores)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -62,7 +63,7 @@ def main() -> None:
         for number in range(arguments.rounds):
             for name in WORK:
                 shutil.rmtree(folder / name, ignore_errors=True)
-                found[name].append(child(name, folder))
+                found[name].append(child(name, folder, arguments.cores))
             if number == 0:
                 compare(folder)
         say(found)
@@ -100,18 +101,19 @@ def write(folder: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
-def child(name: str, folder: Path) -> dict[str, float]:
-    """One kind of work in a fresh process on one core."""
-    words = [sys.executable, __file__, "--work", name, "--folder", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def child(name: str, folder: Path, cores: int) -> dict[str, float]:
+    """One kind of work in a fresh process."""
+    words = [sys.executable, __file__, "--work", name, "--folder", str(folder), "--cores", str(cores)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 
-def measure(name: str, folder: Path) -> None:
+def measure(name: str, folder: Path, cores: int) -> None:
     """Seconds, and MiB above the imports."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
     work = WORK[name](folder)
     # What the imports took for a moment is not the work's: the mark of the highest use starts anew.
     Path("/proc/self/clear_refs").write_text("5")
