@@ -4,8 +4,8 @@
     peft    AutoModelForCausalLM + PeftModel, merge_and_unload, save_pretrained
     copy    shutil.copyfile of the weights
 
-Each in a process of its own, on one core or so many, in turns; wall-clock seconds of the work without the imports, and the
-peak of resident memory above what the imports took. The merged tensors are compared bit by bit first.
+Each in a process of its own, on one core or so many, in turns; wall-clock seconds of the work without the imports,
+and the peak of resident memory above what the imports took. The merged tensors are compared bit by bit first.
 
     make bench-merge      or     python benchmarks/merge.py [--rounds 5] [--cores 1]
 """
