@@ -56,6 +56,28 @@ def adapted(backend, session_of):
     return open_adapted
 
 
+@pytest.fixture
+def goes_on(backend):
+    """Check that a session restored after two steps takes two more to the same bytes as the one that went on."""
+
+    def check(session, opened_anew, window, rate=1e-2):
+        def two_steps(session):
+            for _ in range(2):
+                backend.step(session, window, rate)
+            return backend.state(session)
+
+        then = two_steps(session)
+        expected = two_steps(session)
+        found = two_steps(backend.restore(opened_anew(), then))
+        for one, other in ((found.adapter, expected.adapter), (found.optimizer, expected.optimizer)):
+            assert one.keys() == other.keys()
+            assert all(np.array_equal(one[name], other[name]) for name in other)
+        # The twin: where it stood before is elsewhere.
+        assert not any(np.array_equal(then.adapter[name], expected.adapter[name]) for name in then.adapter)
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def part(backend):
     """A module of the backend by its mirrored name."""

@@ -312,19 +312,10 @@ def test_only_a_step_drops(backend, session_of, window):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_resumed_run_is_the_uninterrupted_one(backend, session_of, folders, window, kernel):
+def test_a_resumed_run_is_the_uninterrupted_one(backend, session_of, folders, goes_on, window, kernel):
     fields = SETTINGS | kernel
     session = _start(backend, session_of("llama", **fields))
-    for _ in range(2):
-        backend.step(session, window, RATE)
-    saved = backend.state(session)
-    for _ in range(2):
-        backend.step(session, window, RATE)
-    expected = backend.state(session)
-    fresh = backend.restore(backend.open(tiny.plan_for(backend, folders["llama"], **fields), tiny.SHAPE), saved)
-    for _ in range(2):
-        backend.step(fresh, window, RATE)
-    _same(backend.state(fresh), expected)
+    goes_on(session, lambda: backend.open(tiny.plan_for(backend, folders["llama"], **fields), tiny.SHAPE), window, RATE)
 
 
 def test_a_step_that_was_not_finite_does_not_count(backend, session_of, window):

@@ -203,21 +203,10 @@ def test_in_bfloat16_masters_and_their_gradients_stay_in_float32(backend, adapte
     assert 0 < moved.max() <= 2e-6
 
 
-def test_a_restored_session_goes_on_bit_for_bit(backend, adapted, session_of, saved):
+def test_a_restored_session_goes_on_bit_for_bit(adapted, session_of, goes_on, saved):
     family, names = saved
     session, _ = adapted(family, **_fields(names))
-    for _ in range(2):
-        backend.step(session, WINDOW, RATE)
-    then = backend.state(session)
-    for _ in range(2):
-        backend.step(session, WINDOW, RATE)
-    expected = backend.state(session)
-    session = backend.restore(session_of(family, **_fields(names)), then)
-    for _ in range(2):
-        backend.step(session, WINDOW, RATE)
-    found = backend.state(session)
-    for one, other in ((found.adapter, expected.adapter), (found.optimizer, expected.optimizer)):
-        assert all(np.array_equal(one[name], other[name]) for name in other)
+    goes_on(session, lambda: session_of(family, **_fields(names)), WINDOW)
 
 
 def test_a_state_without_them_is_refused_by_name_and_changes_nothing(backend, adapted):
