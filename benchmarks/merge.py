@@ -104,7 +104,9 @@ def write(folder: Path) -> None:
 def child(name: str, folder: Path, cores: int) -> dict[str, float]:
     """One kind of work in a fresh process."""
     words = [sys.executable, __file__, "--work", name, "--folder", str(folder), "--cores", str(cores)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    # Modules that are imported on use come from their compiled files, as on a user's machine.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment = {**kept, "OMP_NUM_THREADS": str(cores)}
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return answer

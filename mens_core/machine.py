@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mens_core.plan import Machine
 
-__all__ = ["this_machine"]
+__all__ = ["processors", "this_machine"]
 
 # What a driver leaves in the file system while it is loaded: NVIDIA's, AMD's.
 _DRIVERS = {"nvidia": ("/dev/nvidiactl", "/dev/dxg"), "amd": ("/dev/kfd",)}
@@ -21,10 +21,15 @@ def this_machine() -> Machine:
         platform=platform.platform(),
         processor=_processor(),
         python=platform.python_version(),
-        cpu_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpu_count=processors(),
         memory_bytes=_memory(),
         accelerators=tuple(name for name, files in _DRIVERS.items() if any(Path(file).exists() for file in files)),
     )
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -57,5 +57,5 @@ def distance(left: LoraPair, right: LoraPair) -> Distance:
 
 def _norm_of_product(b: NDArray[np.float64], a: NDArray[np.float64]) -> float:
     """‖b a‖ of (out, R) and (R, in)."""
-    right: NDArray[np.float64] = np.linalg.qr(a.T)[1]
-    return float(np.linalg.norm(np.linalg.qr(b)[1] @ right.T))
+    left, right = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (b, a.T))
+    return float(np.linalg.norm(left @ right.T))

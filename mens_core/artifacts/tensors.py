@@ -59,7 +59,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 # Blocks that may wait for the disk while the next one is made.
 _AHEAD = 2
-# Bytes after which the disk is asked to confirm, so that the end of a large file need not wait for all of it.
+# Bytes after which the disk is asked to confirm, so that the end of a large file need not wait for all of it; so many
+# more are written meanwhile, and then it is waited for.
 _CONFIRMED_AT_ONCE = 1 << 27
 
 #: An array of any type that the format knows.
@@ -221,7 +222,9 @@ class _Writer:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mens-write")
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="mens-confirm")
         self._waiting: deque[Future[None]] = deque()
+        self._confirming: Future[None] | None = None
         self._unconfirmed = 0
 
     def __enter__(self) -> Self:
@@ -231,9 +234,11 @@ class _Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(cancel_futures=error is not None)
+        self._disk.shutdown()
         if error is None:
             for done in self._waiting:
                 done.result()
+            self._confirmed()
 
     def write(self, block: AnyArray | StoredBytes, code: str, where: str) -> int:
         """Take one block, which must not change any more; returns its bytes."""
@@ -253,8 +258,13 @@ class _Writer:
         self._unconfirmed += size
         if self._unconfirmed >= _CONFIRMED_AT_ONCE:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self._confirmed()
+            self._confirming = self._disk.submit(lambda: os.fsync(self._file.fileno()))
             self._unconfirmed = 0
+
+    def _confirmed(self) -> None:
+        if self._confirming is not None:
+            self._confirming.result()
 
 
 def _map_file(path: Path) -> mmap.mmap:

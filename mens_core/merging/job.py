@@ -13,6 +13,7 @@ import numpy as np
 
 from mens_core.artifacts.files import write_json
 from mens_core.artifacts.lora import LoraAdapter
+from mens_core.artifacts.norms import update_norm
 from mens_core.artifacts.tensors import AnyArray, StoredBytes, TensorFolder, stream_tensors
 from mens_core.atomic import appearing
 from mens_core.backend import Backend
@@ -219,6 +220,9 @@ class Job:
         return self._layout is not None and self._layout.family == "gpt2"
 
     def _report(self, names: Sequence[str]) -> dict[str, Any]:
+        # All at once, since the threads of NumPy's linear algebra stay awake for a while after each.
+        for name, error in self._errors.items():
+            error.update = update_norm(self._binding.updates[name])
         errors = self._errors.values()
         changed, elements = (sum(getattr(error, name) for error in errors) for name in ("changed", "elements"))
         if not self._binding.whole and changed < _LEAST_CHANGED * elements:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import attrs
@@ -11,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mens_core.artifacts.lora import LoraPair
-from mens_core.artifacts.norms import update_norm
 from mens_core.backend import Backend
+from mens_core.machine import processors
 
 __all__ = ["TensorError", "merged_blocks"]
 
@@ -56,29 +59,49 @@ def merged_blocks(
         pair: its update, in the same orientation.
         dtype: of the result.
         backend: whose ``mens_merge`` computes.
-        error: the norms, complete when the last block was taken.
+        error: all but the update's norm, complete when the last block was taken.
 
     Yields:
         Blocks of rows, (n, in).
     """
     rows = max(1, _BLOCK // max(weight.shape[1], 1))
-    squares = np.zeros(2)
+    starts = range(0, weight.shape[0], rows)
+    # One block is added up while the one before is rounded; a processor that has both to do takes one after the other,
+    # so that the block is still in its cache.
+    behind_by = 0 if processors() == 1 else 1
     # Fresh memory costs more than what is done with it.
-    bases, losses = np.empty((2, min(rows, weight.shape[0]), weight.shape[1]), np.float32)
-    for start in range(0, weight.shape[0], rows):
-        stored = weight[start : start + rows]
-        base, lost = bases[: len(stored)], losses[: len(stored)]
-        base[:] = stored
-        merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
-        written = merged.astype(dtype, copy=False)
-        error.changed += int(np.count_nonzero(_bits(written) != _bits(stored.astype(dtype, copy=False))))
+    bases = np.empty((behind_by + 1, min(rows, weight.shape[0]), weight.shape[1]), np.float32)
+    losses, differ = np.empty_like(bases[0]), np.empty(bases[0].shape, np.bool_)
+    squares = np.zeros(2)
+
+    def rounded(stored: NDArray[Any], base: NDArray[np.float32], merged: NDArray[np.float32]) -> NDArray[Any]:
+        written, lost, other = merged.astype(dtype, copy=False), losses[: len(stored)], differ[: len(stored)]
+        np.not_equal(_bits(written), _bits(stored.astype(dtype, copy=False)), out=other)
+        error.changed += int(np.count_nonzero(other))
         lost[:] = written
         lost -= merged
-        squares += float(np.vdot(base, base)), float(np.vdot(lost, lost))
-        yield written
+        squares[:] += _square(base), _square(lost)
+        return written
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mens-round") as behind:
+        waiting: deque[Future[NDArray[Any]]] = deque()
+        for start, room in zip(starts, itertools.cycle(bases)):
+            if len(waiting) > behind_by:
+                yield waiting.popleft().result()
+            stored = weight[start : start + rows]
+            base = room[: len(stored)]
+            base[:] = stored
+            merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
+            waiting.append(behind.submit(rounded, stored, base, merged))
+        for last in waiting:
+            yield last.result()
     error.elements = weight.size
     error.base, error.rounding = map(math.sqrt, squares)
-    error.update = update_norm(pair)
+
+
+def _square(scratch: NDArray[np.float32]) -> float:
+    """Of the norm; the numbers are lost. Not by BLAS, whose threads wait for each other over so little."""
+    return float(np.square(scratch, out=scratch).sum())
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

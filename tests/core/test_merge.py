@@ -19,6 +19,7 @@ from mens_core.artifacts.lora import combined
 from mens_core.artifacts.tensors import open_tensors, read_tensors, write_tensors
 from mens_core.cli import main
 from mens_core.errors import MensError, ModelError
+from mens_core.merging import numbers
 from mens_core.testing.acceptance.materials import merge_fixture
 
 
@@ -76,6 +77,21 @@ def test_merge_gives_the_bits_of_peft_in_half_formats(bases, tmp_path, family, d
     for name, tensor in merged_by_peft(base, adapter, dtype).items():
         assert torch.equal(model.state_dict()[name], tensor), name
     assert 0 < report["totals"]["relative_rounding"] < 1e-2
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 19])
+def test_merge_gives_the_same_bytes_whatever_the_processors(bases, tmp_path, monkeypatch, block):
+    adapter = peft_adapter(bases["llama"], tmp_path / "adapter")
+    threads, reports = torch.get_num_threads(), []
+    monkeypatch.setattr(numbers, "_BLOCK", block)
+    for processors in (1, 2):
+        monkeypatch.setattr(numbers, "processors", lambda processors=processors: processors)
+        output = tmp_path / f"on {processors}"
+        reports.append(merge(adapter, bases["llama"], output, dtype="bfloat16"))
+    one, two = (tmp_path / f"on {processors}" / "model.safetensors" for processors in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+    assert reports[0]["tensors"] == reports[1]["tensors"]
+    assert torch.get_num_threads() == threads
 
 
 @pytest.fixture

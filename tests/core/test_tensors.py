@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mens_core.artifacts import tensors
 from mens_core.artifacts.tensors import open_tensors, read_header, read_tensors, stream_tensors, write_tensors
 from mens_core.errors import ModelError
 
@@ -197,6 +199,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_tensors(path, {"a": np.ones(2, np.complex64)}, {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.safetensors"]  # noqa: PTH208
+
+
+def test_a_disk_that_confirms_a_part_with_an_error_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def confirm(handle: int) -> None:
+        asked.append(handle)
+        if len(asked) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(tensors, "_CONFIRMED_AT_ONCE", 4)
+    monkeypatch.setattr(os, "fsync", confirm)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_tensors(tmp_path / "m.safetensors", {"a": np.ones(2, np.float32)}, {})
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
+    write_tensors(tmp_path / "m.safetensors", {"a": np.ones(2, np.float32)}, {})
+    assert read_tensors(tmp_path / "m.safetensors")["a"].tolist() == [1.0, 1.0]
 
 
 def test_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:

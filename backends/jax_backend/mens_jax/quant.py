@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from mens_core import nf4
 from mens_core.exchange import NF4Spec, QuantizedWeight
+from mens_core.machine import processors
 from mens_core.nf4_scales import NESTED_BLOCK, dynamic_map
 from mens_jax._arrays import device_named
 
@@ -70,7 +70,7 @@ def quantize(weight: Array | NDArray[Any], spec: NF4Spec) -> NF4Weight:
     Raises:
         ModelError: if a value is not finite.
     """
-    return _placed(nf4.quantize(np.asarray(weight), spec, _cores()), None)
+    return _placed(nf4.quantize(np.asarray(weight), spec, processors()), None)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -127,7 +127,3 @@ def _placed(record: QuantizedWeight, place: jax.Device | None) -> NF4Weight:
         shape=tuple(record.shape),
         spec=record.spec,
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

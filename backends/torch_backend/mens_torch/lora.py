@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight, dequantize
 
 __all__ = ["LoraLinear", "merge", "select_targets"]
+
+# Numbers whose merge takes a millisecond at most: threads that wait for each other take longer.
+_FEW = 1 << 20
 
 
 class LoraLinear(nn.Module):
@@ -99,8 +103,20 @@ def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
             where=f"weight {shapes[0]}, lora_A {shapes[1]}, lora_B {shapes[2]}",
             expected="weight (out, in), lora_A (rank, in), lora_B (out, rank)",
         )
-    # In PEFT's order of roundings, so that a merge by either gives the same bits.
-    return (lora_b.float() @ lora_a.float()).mul_(scale).add_(weight)
+    with _alone() if weight.numel() <= _FEW else nullcontext():
+        # In PEFT's order of roundings, so that a merge by either gives the same bits.
+        return (lora_b.float() @ lora_a.float()).mul_(scale).add_(weight)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """In the calling thread only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def select_targets(paths: Sequence[str], targets: tuple[str, ...]) -> tuple[str, ...]:
