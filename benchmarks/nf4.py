@@ -2,7 +2,8 @@
 
     make bench-nf4     or     python benchmarks/nf4.py [--rounds 9] [--step-rounds 3] [--threads 1,2]
 
-A weight of 4096 x 4096 normal numbers, blocks of 64. Variants take turns, in rotated order, in processes of their own:
+Weights of normal numbers, blocks of 64; what is brought back is larger in bfloat16 than any cache, or ``fill`` would
+write into that instead of into memory. Variants take turns, in rotated order, in processes of their own:
 with glibc's own allocator and with one that keeps its pages, since page faults of fresh memory otherwise decide. One
 thread is measured in the process's CPU time on one core, several in wall time. ``fill`` writes one number into memory
 of the same size that is there already, ``copy`` copies the float32 weight. The bytes must be bitsandbytes' or nothing
@@ -25,7 +26,8 @@ from pathlib import Path
 
 import figures
 
-SHAPE = (4096, 4096)
+STORED = (4096, 4096)
+BROUGHT_BACK = (8192, 8192)
 
 Variants = dict[str, Callable[[], object]]
 
@@ -84,7 +86,7 @@ def _bytes(arguments: argparse.Namespace) -> None:
     from mens_core.exchange import NF4Spec
 
     torch.set_num_threads(threads)
-    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * 0.02
+    weight = torch.randn(STORED, generator=torch.Generator().manual_seed(0)) * 0.02
     clock = time.process_time if threads == 1 else time.perf_counter
     reused = torch.empty_like(weight)
     for double in (False, True):
@@ -98,8 +100,11 @@ def _bytes(arguments: argparse.Namespace) -> None:
             "ours": lambda spec=spec: quant.quantize(weight, spec),
             "copy": lambda: reused.copy_(weight),
         }
-        _compare(f"store{' twice' * double}", storing, arguments.rounds, clock, [("ours", "bitsandbytes")])
-    plain = quant.quantize(weight, NF4Spec(block_size=64, double_quant=False))
+        ratios = [("ours", "bitsandbytes")]
+        _compare(f"store{' twice' * double}", STORED, storing, arguments.rounds, clock, ratios)
+    weight = weight.repeat(BROUGHT_BACK[0] // STORED[0], BROUGHT_BACK[1] // STORED[1])
+    codes, state = library().quantize_4bit(weight, **theirs)
+    stored, plain = (quant.quantize(weight, NF4Spec(double_quant=double)) for double in (True, False))
     for dtype in (torch.float32, torch.bfloat16):
         state.dtype = dtype
         place = torch.empty(weight.numel(), dtype=dtype)
@@ -111,15 +116,21 @@ def _bytes(arguments: argparse.Namespace) -> None:
             "fill": lambda place=place: place.fill_(1.0),
         }
         ratios = [("ours", "bitsandbytes"), ("ours", "fill"), ("ours, plain scales", "fill")]
-        _compare(f"bring back {dtype}".replace("torch.", ""), back, arguments.rounds, clock, ratios)
+        what = f"bring back {dtype}".replace("torch.", "")
+        _compare(what, BROUGHT_BACK, back, arguments.rounds, clock, ratios)
 
 
 def _compare(
-    what: str, variants: Variants, rounds: int, clock: Callable[[], float], ratios: Sequence[tuple[str, str]]
+    what: str,
+    shape: tuple[int, int],
+    variants: Variants,
+    rounds: int,
+    clock: Callable[[], float],
+    ratios: Sequence[tuple[str, str]],
 ) -> None:
     """Take turns and print billions of weights a second, and how many times faster one is than the other."""
     spent = figures.in_turns(variants, rounds, clock)
-    numbers = SHAPE[0] * SHAPE[1] / 1e9
+    numbers = shape[0] * shape[1] / 1e9
     speeds = ", ".join(f"{name} {numbers / statistics.median(spent[name]):.2f}" for name in variants)
     print(f"  {what}, 1e9 weights/s: {speeds}")
     for own, base in ratios:

@@ -369,65 +369,90 @@ def test_what_is_compiled_is_what_the_look_up_says(seed):
         np.testing.assert_array_equal(found, expected)
 
 
-def _look_up_of(triple, features, monkeypatch):
-    """``_chosen`` of a processor, as a function in LLVM's language on three places in memory."""
+def _look_up_of(how, triple, features, monkeypatch, width=16):
+    """A processor's way to look 64 codes up, as a function in LLVM's language on three places in memory."""
     from llvmlite import binding, ir
     from mens_torch import _nf4_loop
 
     monkeypatch.setattr(binding, "get_process_triple", lambda: triple)
     monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
-    module, byte = ir.Module(), ir.IntType(8)
-    places = [ir.VectorType(byte, count).as_pointer() for count in (16, 32, 32)]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), places), "look_up")
+    module, byte = ir.Module(), ir.IntType(8).as_pointer()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte, byte]), "look_up")
     builder = ir.IRBuilder(function.append_basic_block())
-    table, codes, out = function.args
-    builder.store(_nf4_loop._chosen(builder, builder.load(table, align=1), builder.load(codes, align=1)), out, align=1)
+
+    def at(argument, first, kind):
+        return builder.bitcast(builder.gep(argument, [ir.IntType(64)(first)]), kind.as_pointer())
+
+    def codes(first, count):
+        return builder.load(at(function.args[1], first, ir.VectorType(ir.IntType(8), count)), align=1)
+
+    table = builder.load(at(function.args[0], 0, ir.VectorType(ir.IntType(32), 16)), align=4)
+    place = 0
+    for found in getattr(_nf4_loop, how)(builder, table, width, codes):
+        builder.store(found, at(function.args[2], place, found.type), align=1)
+        place += found.type.count * width // 8
+    assert place == 64 * width // 8
     builder.ret_void()
     monkeypatch.undo()
     return binding.parse_assembly(str(module))
 
 
-def test_a_processor_without_the_instruction_looks_up_byte_by_byte_and_finds_the_same(monkeypatch):
+def _runs(how):
+    """What this processor can run: byte by byte it is always possible."""
+    from mens_torch import _nf4_loop
+
+    return how == "_by_bytes" or _nf4_loop._has("avx512bw")
+
+
+@pytest.mark.parametrize("how", ["_by_bytes", "_by_numbers"])
+@pytest.mark.parametrize("width", [16, 32])
+def test_every_way_to_look_codes_up_finds_the_same(how, width, monkeypatch):
     from llvmlite import binding
 
+    if not _runs(how):
+        pytest.skip("this processor has no instruction for it")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    code = _look_up_of("riscv64-unknown-linux", {}, monkeypatch)
-    engine = binding.create_mcjit_compiler(code, binding.Target.from_default_triple().create_target_machine())
+    code = _look_up_of(how, "riscv64-unknown-linux", {}, monkeypatch, width)
+    native = ",".join(f"{'+' if has else '-'}{name}" for name, has in binding.get_host_cpu_features().items())
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=native
+    )
+    engine = binding.create_mcjit_compiler(code, machine)
     engine.finalize_object()
     random = np.random.default_rng(0)
-    table, codes, found = (
-        random.integers(0, 256, 16, np.uint8),
-        random.integers(0, 16, 32, np.uint8),
-        np.zeros(32, "u1"),
-    )
+    table, codes = random.integers(0, 1 << 32, 16, np.uint32), random.integers(0, 256, 32, np.uint8)
+    found = np.zeros(64, f"u{width // 8}")
     run = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(engine.get_function_address("look_up"))
     run(table.ctypes.data, codes.ctypes.data, found.ctypes.data)
-    np.testing.assert_array_equal(found, table[codes])
+    places = np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)
+    np.testing.assert_array_equal(found, table[places] >> (32 - width))
 
 
 @pytest.mark.parametrize(
-    ("triple", "features", "instruction"),
+    ("how", "triple", "features", "instruction", "times"),
     [
-        ("arm64-apple-darwin24", {}, "tbl"),
-        ("aarch64-unknown-linux-gnu", {}, "tbl"),
-        ("x86_64-unknown-linux-gnu", {"avx2": True}, "vpshufb"),
+        ("_by_bytes", "arm64-apple-darwin24", {}, "tbl", 8),
+        ("_by_bytes", "aarch64-unknown-linux-gnu", {}, "tbl", 8),
+        # Two of them take the table apart.
+        ("_by_bytes", "x86_64-unknown-linux-gnu", {"avx2": True}, "vpshufb", 6),
+        ("_by_numbers", "x86_64-unknown-linux-gnu", {"avx512bw": True}, "vpermw", 2),
     ],
 )
-def test_a_processor_that_has_one_looks_32_codes_up_with_one_or_two_instructions(
-    triple, features, instruction, monkeypatch
+def test_a_processor_that_has_an_instruction_looks_64_codes_up_with_a_few(
+    how, triple, features, instruction, times, monkeypatch
 ):
     from llvmlite import binding
 
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
-    code = _look_up_of(triple, features, monkeypatch)
+    code = _look_up_of(how, triple, features, monkeypatch)
     code.triple = triple
     machine = binding.Target.from_triple(triple).create_target_machine(
         features=",".join(f"+{name}" for name in features)
     )
     written = machine.emit_assembly(code).split()
-    assert sum(word.startswith(instruction) for word in written) in {1, 2}
+    assert sum(word.startswith(instruction) for word in written) == times
 
 
 @pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_ENABLE_AVX": "0"}])

@@ -82,11 +82,13 @@ def dequantize(weight: NF4Weight, dtype: Any) -> Array:
     """
     absmax, numel = weight.absmax, math.prod(weight.shape)
     if weight.nested_absmax is not None and weight.offset is not None:
-        scales = jnp.repeat(weight.nested_absmax, NESTED_BLOCK)[: absmax.shape[0]]
-        scaled = jnp.asarray(dynamic_map())[absmax] * scales
+        # All scales that a group's blocks can have, of which each takes its own: a scale brought back by itself XLA
+        # would bring back again for every weight of its block (1.8 instead of 0.5 ns a weight).
+        scaled = weight.nested_absmax[:, None] * dynamic_map()
         # The choice, always the first, keeps XLA from contracting product and sum, which would round once where
         # bitsandbytes rounds twice.
-        absmax = jnp.where(scaled == scaled, scaled, 0.0) + weight.offset  # noqa: PLR0124
+        scales = jnp.where(scaled == scaled, scaled, 0.0) + weight.offset  # noqa: PLR0124
+        absmax = scales[np.arange(absmax.shape[0]) // NESTED_BLOCK, absmax]
     # A look-up by whole bytes: half as many as by codes. A tree of choices on the bits is faster by itself and slower
     # in a training step (benchmarks/README.md).
     book, pairs = nf4.CODEBOOKS[weight.spec.codebook], np.arange(256)

@@ -4,13 +4,16 @@
 
     block's absmax, itself brought back ──▶ 16 values · absmax, rounded ──▶ 64 codes choose among them, 64 results
 
-The sixteen products of a block stay in vector registers, their first bytes in one, their second bytes in another, and
-one instruction looks 32 codes up in sixteen bytes, so a result costs neither a load nor a product of its own.
+The sixteen products of a block stay in vector registers, so a result costs neither a load nor a product of its own.
+With AVX-512 one instruction looks 16 or 32 codes up in them. Elsewhere their first bytes lie in one register, their
+second bytes in another, and one instruction looks 32 codes up in sixteen bytes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -158,27 +161,69 @@ def _write_look_up(context: Any, builder: Any, signature: Any, arguments: Any) -
     _, at, _, scale, _, to = arguments
     width = signature.args[4].dtype.bitwidth
     book = builder.load(place(2, at.type(0), ir.FloatType(), 16), align=4)
+    # Of all NaNs the one that rounding leaves a NaN.
+    scale = builder.select(builder.fcmp_unordered("uno", scale, scale), ir.Constant(scale.type, math.nan), scale)
     one = builder.insert_element(ir.Constant(book.type, ir.Undefined), scale, ir.Constant(ir.IntType(32), 0))
     products = builder.fmul(book, builder.shuffle_vector(one, one, _filled(32, [0] * 16)))
     bits = builder.bitcast(products, ir.VectorType(ir.IntType(32), 16))
-    table = _bytes_of(builder, bits if width == 32 else _to_bfloat16(builder, products, bits))
-    pairs = builder.load(place(0, at, ir.IntType(8), _TOGETHER // 2), align=1)
+    table = bits if width == 32 else _rounded_to_bfloat16(builder, bits)
+
+    def codes(first: int, count: int) -> Any:
+        there = builder.add(at, ir.Constant(at.type, first))
+        return builder.load(place(0, there, ir.IntType(8), count), align=1)
+
+    look_up = _by_numbers if _has("avx512bw") else _by_bytes
+    for found in look_up(builder, table, width, codes):
+        builder.store(found, place(4, to, ir.IntType(width), found.type.count), align=width // 8)
+        to = builder.add(to, ir.Constant(to.type, found.type.count))
+    return context.get_dummy_value()
+
+
+def _by_numbers(builder: Any, table: Any, width: int, codes: Callable[[int, int], Any]) -> Iterator[Any]:
+    """One instruction looks 16 codes up in the numbers, or 32 in their halves, of which the upper ones are meant.
+
+    Args:
+        builder: writes the instructions.
+        table: 16 products of 32 bits.
+        width: of the numbers that are looked up: the upper bits of the products, 16 or 32.
+        codes: so many bytes from so many on, two codes each.
+
+    Yields:
+        The 64 numbers, some at a time.
+    """
+    from llvmlite import ir  # noqa: PLC0415
+
+    count, half = 512 // width, 32 // width - 1
+    wide = ir.VectorType(ir.IntType(2 * width), count // 2)
+    parts = builder.bitcast(table, ir.VectorType(ir.IntType(width), count))
+    # Among halves the upper one of product c has place 2 c + 1. No more bits of a place are looked at than it needs.
+    up, down, upper = (_filled(2 * width, [n] * wide.count) for n in (width + half, 4 - half, half | half << width))
+    for first in range(0, _TOGETHER // 2, wide.count):
+        # The code in a byte's high bits comes first.
+        pairs = builder.zext(codes(first, wide.count), wide)
+        places = builder.or_(builder.or_(builder.shl(pairs, up), builder.lshr(pairs, down)), upper)
+        name = f"llvm.x86.avx512.permvar.{ {16: 'hi', 32: 'si'}[width] }.512"
+        yield _instruction(builder, name, parts, builder.bitcast(places, parts.type))
+
+
+def _by_bytes(builder: Any, table: Any, width: int, codes: Callable[[int, int], Any]) -> Iterator[Any]:
+    """The bytes of 64 numbers are looked up, 32 at a time, and interleaved; arguments and results as above."""
+    from llvmlite import ir  # noqa: PLC0415
+
+    bytes_, pairs = _bytes_of(builder, table, width), codes(0, _TOGETHER // 2)
     high, low = builder.lshr(pairs, _filled(8, [4] * 32)), builder.and_(pairs, _filled(8, [15] * 32))
     results = [
         part
-        for codes in _in_turns(builder, high, low, 8)
-        for part in _joined(builder, [_chosen(builder, byte, codes) for byte in table])
+        for half in _in_turns(builder, high, low, 8)
+        for part in _joined(builder, [_chosen(builder, byte, half) for byte in bytes_])
     ]
     # The lower lanes of all parts hold the first 32 results, the upper ones the others.
-    lanes = [
-        builder.shuffle_vector(one, two, _filled(32, [*range(lane, lane + 16), *range(32 + lane, 48 + lane)]))
-        for lane in (0, 16)
-        for one, two in zip(results[::2], results[1::2], strict=True)
-    ]
-    for part, lane in enumerate(lanes):
-        there = builder.add(to, ir.Constant(at.type, part * 256 // width))
-        builder.store(lane, place(4, there, ir.IntType(8), 32), align=width // 8)
-    return context.get_dummy_value()
+    for lane in (0, 16):
+        for one, two in zip(results[::2], results[1::2], strict=True):
+            lanes = _filled(32, [*range(lane, lane + 16), *range(32 + lane, 48 + lane)])
+            yield builder.bitcast(
+                builder.shuffle_vector(one, two, lanes), ir.VectorType(ir.IntType(width), 256 // width)
+            )
 
 
 def _filled(width: int, values: list[int]) -> Any:
@@ -187,36 +232,31 @@ def _filled(width: int, values: list[int]) -> Any:
     return ir.Constant(ir.VectorType(ir.IntType(width), len(values)), values)
 
 
-def _to_bfloat16(builder: Any, numbers: Any, bits: Any) -> Any:
-    """To nearest, ties to even, in integers: the processor's own instruction takes subnormal numbers for zero."""
+def _rounded_to_bfloat16(builder: Any, bits: Any) -> Any:
+    """To nearest, ties to even, in the upper halves; what is left in the lower ones means nothing.
+
+    In integers: the processor's own instruction takes subnormal numbers for zero.
+    """
+    odd = builder.and_(builder.lshr(bits, _filled(32, [16] * 16)), _filled(32, [1] * 16))
+    return builder.add(builder.add(bits, _filled(32, [0x7FFF] * 16)), odd)
+
+
+def _bytes_of(builder: Any, table: Any, width: int) -> list[Any]:
+    """A table of 16 numbers, the upper bits of as many of 32, as one of 16 bytes for each byte, the lowest first."""
     from llvmlite import ir  # noqa: PLC0415
 
-    sixteen = _filled(32, [16] * 16)
-    odd = builder.and_(builder.lshr(bits, sixteen), _filled(32, [1] * 16))
-    rounded = builder.lshr(builder.add(bits, builder.add(odd, _filled(32, [0x7FFF] * 16))), sixteen)
-    # A NaN could be rounded into a number.
-    kept = builder.select(builder.fcmp_unordered("uno", numbers, numbers), _filled(32, [0x7FC0] * 16), rounded)
-    return builder.trunc(kept, ir.VectorType(ir.IntType(16), 16))
-
-
-def _bytes_of(builder: Any, table: Any) -> list[Any]:
-    """A table of 16 numbers as one of 16 bytes for each byte of a number, the lowest first."""
-    from llvmlite import ir  # noqa: PLC0415
-
-    width = table.type.element.width
-    shifted = (builder.lshr(table, _filled(width, [shift] * 16)) for shift in range(0, width, 8))
+    shifted = (builder.lshr(table, _filled(32, [shift] * 16)) for shift in range(32 - width, 32, 8))
     return [builder.trunc(part, ir.VectorType(ir.IntType(8), 16)) for part in shifted]
 
 
 def _chosen(builder: Any, table: Any, codes: Any) -> Any:
     """``table[codes]``, 32 bytes from 16: one instruction where the processor has it, else byte by byte."""
-    from llvmlite import binding, ir  # noqa: PLC0415
+    from llvmlite import ir  # noqa: PLC0415
 
-    architecture = binding.get_process_triple().split("-")[0]
-    if architecture == "x86_64" and _compiles_for_this_processor() and binding.get_host_cpu_features().get("avx2"):
+    if _has("avx2"):
         twice = builder.shuffle_vector(table, table, _filled(32, [*range(16)] * 2))
         return _instruction(builder, "llvm.x86.avx2.pshuf.b", twice, codes)
-    if architecture in {"aarch64", "arm64"}:
+    if _architecture() in {"aarch64", "arm64"}:
         halves = [builder.shuffle_vector(codes, codes, _filled(32, [*range(at, at + 16)])) for at in (0, 16)]
         found = [_instruction(builder, "llvm.aarch64.neon.tbl1.v16i8", table, half) for half in halves]
         return builder.shuffle_vector(*found, _filled(32, [*range(32)]))
@@ -227,11 +267,19 @@ def _chosen(builder: Any, table: Any, codes: Any) -> Any:
     return chosen
 
 
-def _compiles_for_this_processor() -> bool:
-    """Whether numba was not told to do without instructions that are here: LLVM ends the process at one it lacks."""
+def _has(feature: str) -> bool:
+    """Whether this is an x86 with it, and numba was not told to do without: LLVM ends the process at one it lacks."""
+    from llvmlite import binding  # noqa: PLC0415
     from numba.core import config  # noqa: PLC0415
 
-    return config.CPU_NAME is None and config.CPU_FEATURES is None and bool(config.ENABLE_AVX)
+    told = config.CPU_NAME is not None or config.CPU_FEATURES is not None or not config.ENABLE_AVX
+    return _architecture() == "x86_64" and not told and bool(binding.get_host_cpu_features().get(feature))
+
+
+def _architecture() -> str:
+    from llvmlite import binding  # noqa: PLC0415
+
+    return str(binding.get_process_triple()).split("-")[0]
 
 
 def _instruction(builder: Any, name: str, table: Any, codes: Any) -> Any:
