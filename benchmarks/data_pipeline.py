@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
+import figures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mens_core import FineTuneContract
@@ -41,7 +41,7 @@ from mens_core.text.encode import Encoder
 from mens_core.text.pack import Batching
 from mens_core.training.data import ReadRows, load_rows
 
-ROUNDS = 7
+ROUNDS = 21
 TEMPLATE = (
     "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
@@ -59,7 +59,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure_memory:
         read(arguments.measure_memory, encoder_of(arguments.measure_memory, template=False))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        # Not by getrusage, which counts what the process was before it became this one.
+        print(round(figures.resident("VmHWM")))
         return
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"XDG_CACHE_HOME": scratch, "HF_DATASETS_CACHE": f"{scratch}/datasets"}
@@ -105,9 +106,10 @@ def write_rows(path: Path, count: int, *, lines: int = 12) -> None:
 
 def encoder_of(path: Path, *, template: bool) -> Encoder:
     """A fresh encoder, which knows no text yet."""
-    tokenizer = Tokenizer.from_file(str(path.with_name("tokenizer.json")))
+    file = path.with_name("tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(file))
     chat: Chat = open_chat(path.parent, tokenizer) if template else ChatML(tokenizer)
-    return Encoder(tokenizer, chat)
+    return Encoder(tokenizer, chat, file)
 
 
 def read(path: Path, encoder: Encoder, content: str = "") -> ReadRows:

@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import figures
 import numpy as np
 
 ROUNDS = 5
@@ -117,19 +118,12 @@ def measure(name: str, folder: Path, cores: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
     work = WORK[name](folder)
-    # What the imports took for a moment is not the work's: the mark of the highest use starts anew.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    # What the imports took for a moment is not the work's.
+    before = figures.forget_peak()
     started = time.perf_counter()
     work()
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "mib": resident("VmHWM") - before}))
-
-
-def resident(field: str) -> float:
-    """MiB, as Linux counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+    print(json.dumps({"seconds": seconds, "mib": figures.resident("VmHWM") - before}))
 
 
 def ours(folder: Path):
