@@ -251,7 +251,8 @@ def choose(table: RowTable, data: DataSpec) -> tuple[RowTable, dict[str, int]]:
             where=f"{len(chosen)} rows: {int(low.sum())} rated too low, {int(other.sum())} of another context",
             fix="lower --min-rating, or widen --context-filter",
         )
-    return table.take(chosen), {"rows_dropped_rating": int(low.sum()), "rows_dropped_filter": int(other.sum())}
+    kept = table if chosen.all() else table.take(chosen)
+    return kept, {"rows_dropped_rating": int(low.sum()), "rows_dropped_filter": int(other.sum())}
 
 
 def _check_ratings(columns: Columns) -> None:
