@@ -10,11 +10,13 @@ benchmark that fails ends the suite.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -52,21 +54,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(("training_step", "memory", *OTHERS)), help="comma between")
     asked = parser.parse_args()
-    chosen, begun = asked.only.split(","), time.perf_counter()
+    chosen = asked.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
         collected = Path(folder) / "figures"
         collected.touch()
         os.environ[figures.COLLECTED] = str(collected)
-        if "training_step" in chosen:
-            steps(asked.rounds)
-        if "memory" in chosen:
-            memory()
-        for name in (name for name in OTHERS if name in chosen):
-            figures.in_child(str(HERE / f"{name}.py"), "--rounds", str(asked.rounds))
+        parts = {"training_step": lambda: steps(asked.rounds), "memory": memory}
+        parts |= {name: functools.partial(other, name, asked.rounds) for name in OTHERS}
+        seconds = {name: lasted(part) for name, part in parts.items() if name in chosen}
         found = [json.loads(line) for line in collected.read_text(encoding="utf-8").splitlines()]
     results = {
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - begun),
+        "seconds": sum(seconds.values()),
+        "seconds_of": seconds,
         "machine": machine(),
         "versions": {name: version(name) for name in PACKAGES},
         "figures": found,
@@ -76,6 +76,18 @@ def main() -> None:
     draw(found, HERE / "results.png")
     judged = [figure["reached"] for figure in found if figure["reached"] is not None]
     print(f"{sum(judged)} of {len(judged)} goals reached, {results['seconds']} s")
+
+
+def lasted(part: Callable[[], None]) -> int:
+    """Seconds."""
+    begun = time.perf_counter()
+    part()
+    return round(time.perf_counter() - begun)
+
+
+def other(name: str, rounds: int) -> None:
+    """One of ``OTHERS``."""
+    figures.in_child(str(HERE / f"{name}.py"), "--rounds", str(rounds))
 
 
 def steps(rounds: int) -> None:

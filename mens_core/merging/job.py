@@ -47,6 +47,8 @@ _NUMPY = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 # Fewer changed elements than this share of the merged weights, and nobody could tell the model from its base.
 _LEAST_CHANGED = 1e-4
 _CAST_ROWS = 1 << 20
+# After so many blocks the pages that they were read from are let go; to map them again one by one costs a tenth.
+_BLOCKS_MAPPED = 8
 
 
 @attrs.frozen(kw_only=True)
@@ -174,7 +176,10 @@ class Job:
 
     def _blocks(self, name: str) -> Iterator[AnyArray | StoredBytes]:
         try:
-            yield from self._made(name)
+            for number, block in enumerate(self._made(name), start=1):
+                yield block
+                if not number % _BLOCKS_MAPPED:
+                    self._tensors.forget()
         finally:
             self._tensors.forget()
 

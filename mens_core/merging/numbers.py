@@ -21,6 +21,8 @@ __all__ = ["TensorError", "merged_blocks"]
 
 # Elements of a block: its float32 numbers stay in a processor's cache from one pass to the next.
 _BLOCK = 1 << 19
+# The largest piece of memory by which glibc's allocator learns what to keep (mallopt(3), M_MMAP_THRESHOLD).
+_LARGE = 31 << 20
 
 
 @attrs.define(kw_only=True)
@@ -69,7 +71,9 @@ def merged_blocks(
     # One block is added up while the one before is rounded; a processor that has both to do takes one after the other,
     # so that the block is still in its cache.
     behind_by = 0 if processors() == 1 else 1
-    # Fresh memory costs more than what is done with it.
+    # Fresh memory costs more than what is done with it. glibc would give the memory of every block back to the system
+    # and take it anew, page by page; it keeps pieces smaller than one that it was once asked for and that was freed.
+    np.empty(_LARGE, np.uint8)
     bases = np.empty((behind_by + 1, min(rows, weight.shape[0]), weight.shape[1]), np.float32)
     losses, differ = np.empty_like(bases[0]), np.empty(bases[0].shape, np.bool_)
     squares = np.zeros(2)

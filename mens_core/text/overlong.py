@@ -113,13 +113,15 @@ def fit_rows(
     overlong = lengths > seq_len
     longest = int(lengths.max(initial=0))
     _check(int(overlong.sum()), len(rows), longest, seq_len, policy)
-    spans, owners = _spans(rows, overlong, seq_len, policy, side)
-    fitted = rows.take(owners) if overlong.any() else rows
-    changed = np.flatnonzero(overlong[owners])
-    if changed.size:
-        trained = fitted.trained.copy()
-        trained[changed] = fitted.cut(spans[0][changed], spans[1][changed]).trained
-        fitted = attrs.evolve(fitted, starts=spans[0], ends=spans[1], trained=trained)
+    fitted, owners = rows, np.arange(len(rows))
+    if overlong.any():
+        spans, owners = _spans(rows, overlong, seq_len, policy, side)
+        fitted = rows.take(owners)
+        changed = np.flatnonzero(overlong[owners])
+        if changed.size:
+            trained = fitted.trained.copy()
+            trained[changed] = fitted.cut(spans[0][changed], spans[1][changed]).trained
+            fitted = attrs.evolve(fitted, starts=spans[0], ends=spans[1], trained=trained)
     kept = fitted.trained > 0
     ledger = _ledger(rows, groups, sources, overlong, fitted, owners, kept, policy, seq_len)
     if not kept.any():
