@@ -109,7 +109,7 @@ def encoder_of(path: Path, *, template: bool) -> Encoder:
     file = path.with_name("tokenizer.json")
     tokenizer = Tokenizer.from_file(str(file))
     chat: Chat = open_chat(path.parent, tokenizer) if template else ChatML(tokenizer)
-    return Encoder(tokenizer, chat, file)
+    return Encoder(tokenizer, chat, sha256_file(file))
 
 
 def read(path: Path, encoder: Encoder, content: str = "") -> ReadRows:

@@ -227,6 +227,8 @@ class Backend:
         merged = self._call(
             "mens_merge", np.ndarray, weight=_view(weight), lora_a=_view(lora_a), lora_b=_view(lora_b), scale=scale
         )
+        if np.may_share_memory(merged, weight):
+            self._broken("mens_merge", "answered memory that it was given, expected a new array")
         return self._array("mens_merge", merged, weight.shape, np.float32)
 
     def event(self, event: Mapping[str, Any]) -> None:

@@ -264,7 +264,7 @@ def mens_merge(
         scale: alpha / rank, dimensionless.
 
     Returns:
-        (out, in) float32; the arguments are not changed.
+        (out, in) float32, newly allocated; the arguments are not changed.
 
     Raises:
         ModelError: if the shapes do not fit; nothing is broadcast.

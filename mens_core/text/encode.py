@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from mens_core.artifacts.files import sha256_file
 from mens_core.chat.open_chat import Chat, ChatML, Rendered, open_chat
 from mens_core.corpus.faults import Fault
 from mens_core.errors import ModelError
@@ -46,22 +45,25 @@ def open_encoder(tokenizer: str, tokenizer_file: Path | None, folder: Path, layo
     Raises:
         ModelError: if tokenizer or chat template are malformed.
     """
-    path = tokenizer_file if tokenizer == "hf" else None
-    opened = open_tokenizer(path, layout)
-    return Encoder(opened, open_chat(folder, opened) if tokenizer == "hf" else ChatML(opened), path)
+    opened, content = open_tokenizer(tokenizer_file if tokenizer == "hf" else None, layout)
+    return Encoder(opened, open_chat(folder, opened) if tokenizer == "hf" else ChatML(opened), content)
 
 
-def open_tokenizer(path: Path | None, layout: Layout) -> Tokenizer:
+def open_tokenizer(path: Path | None, layout: Layout) -> tuple[Tokenizer, str | None]:
     """The tokenizer of a file such as ``tokenizer.json``, checked against the embedding; without a file the lab's.
+
+    Returns:
+        (the tokenizer, sha256 of the bytes that it was made from; None for the lab's).
 
     Raises:
         ModelError: if the file is malformed, or gives ids the embedding has no row for.
     """
     if path is None:
-        return lab_tokenizer()
+        return lab_tokenizer(), None
     regular_size(path)
     try:
-        opened = Tokenizer.from_file(str(path))
+        content = path.read_bytes()
+        opened = Tokenizer.from_buffer(content)
     # The library raises a bare Exception for every malformed file.
     except Exception as error:
         raise ModelError(f"tokenizer.json cannot be read: {error}", where=path) from error
@@ -72,7 +74,7 @@ def open_tokenizer(path: Path | None, layout: Layout) -> Tokenizer:
             where=f"{path}: highest id {highest}, embedding rows {layout.vocab_size}",
             fix="use the tokenizer that belongs to the model",
         )
-    return opened
+    return opened, hashlib.sha256(content).hexdigest()
 
 
 class Encoder:
@@ -81,21 +83,20 @@ class Encoder:
     Args:
         tokenizer: from tokenizer.json; truncation and padding it may carry are switched off.
         chat: the model's own way to write conversations.
-        file: that the tokenizer was opened from, which is hashed in a tenth of the time that writing it anew takes.
+        content: sha256 of the bytes that the tokenizer was made from; None to hash what it writes, ten times as slow.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat, file: Path | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat: Chat, content: str | None = None) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.tokenizer, self.chat, self._file = tokenizer, chat, file
+        self.tokenizer, self.chat, self._content = tokenizer, chat, content
         self.prefix = _sequence_start(tokenizer) if chat.adds_bos else ()
         self._cuts = _can_be_cut(tokenizer)
 
     @functools.cached_property
     def digest(self) -> str:
         """Sha256 over all that decides the ids of a conversation."""
-        content = self.tokenizer.to_str() if self._file is None else sha256_file(self._file)
-        parts = (content, self.chat.digest, str(self.prefix), str(self._cuts))
+        parts = (self._content or self.tokenizer.to_str(), self.chat.digest, str(self.prefix), str(self._cuts))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def encode(self, rendered: Sequence[Rendered]) -> list[TokenRow | Fault]:

@@ -404,19 +404,20 @@ def _runs(how):
     return how == "_by_bytes" or _nf4_loop._has("avx512bw")
 
 
-@pytest.mark.parametrize("how", ["_by_bytes", "_by_numbers"])
+@pytest.mark.parametrize(("how", "native"), [("_by_bytes", False), ("_by_bytes", True), ("_by_numbers", True)])
 @pytest.mark.parametrize("width", [16, 32])
-def test_every_way_to_look_codes_up_finds_the_same(how, width, monkeypatch):
+def test_every_way_to_look_codes_up_finds_the_same(how, native, width, monkeypatch):
     from llvmlite import binding
 
     if not _runs(how):
         pytest.skip("this processor has no instruction for it")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    code = _look_up_of(how, "riscv64-unknown-linux", {}, monkeypatch, width)
-    native = ",".join(f"{'+' if has else '-'}{name}" for name, has in binding.get_host_cpu_features().items())
+    features = binding.get_host_cpu_features()
+    told = (binding.get_process_triple(), features) if native else ("riscv64-unknown-linux", {})
+    code = _look_up_of(how, *told, monkeypatch, width)
     machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=native
+        cpu=binding.get_host_cpu_name(), features=features.flatten()
     )
     engine = binding.create_mcjit_compiler(code, machine)
     engine.finalize_object()

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mens_core.testing.conformance import *  # noqa: F403
 from mens_core.testing.conformance import OPEN, BackendCapabilities
@@ -22,3 +23,16 @@ def _quickly_compiled():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_for_itself(request):
+    """What the tests' own cache keeps of a compilation is nothing that a hook wrote."""
+    if request.node.name != "test_no_hook_writes_to_disk":
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

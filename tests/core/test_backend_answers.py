@@ -72,7 +72,7 @@ RIGHT = {
     "mens_generate": [3, np.int64(9)],
     "mens_quantize": _quantized(),
     "mens_dequantize": WEIGHT,
-    "mens_merge": WEIGHT,
+    "mens_merge": 2 * WEIGHT,
 }
 WRONG = [
     ("mens_forward", LOGITS[:-1], "answered float32 (7, 97)"),
@@ -106,7 +106,8 @@ WRONG = [
     ("mens_quantize", _quantized(offset=float("inf")), "offset inf"),
     ("mens_quantize", _quantized(spec=NF4Spec(block_size=128)), "block_size=128"),
     ("mens_dequantize", WEIGHT.T, "answered float32 (64, 4)"),
-    ("mens_merge", WEIGHT[:1], "answered float32 (1, 64)"),
+    ("mens_merge", np.ones((1, 64), np.float32), "answered float32 (1, 64)"),
+    ("mens_merge", lambda weight, *_: weight, "answered memory that it was given"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Text policy, second half: what is trained on is exactly what the assistant has to write, token by token."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from mens_core.chat.open_chat import TURN_END, TURN_START, ChatML, Rendered
 from mens_core.corpus.faults import Fault, Faults
 from mens_core.corpus.row import Row, Turn
-from mens_core.text.encode import Encoder
+from mens_core.text.encode import Encoder, open_tokenizer
 from mens_core.text.lab import lab_tokenizer
 from mens_core.text.table import Supervision, table_in_memory
 
@@ -189,6 +190,19 @@ def test_a_table_of_many_rows_is_that_of_each_row(encoder):
         assert np.array_equal(rows[k].input_ids, alone.input_ids)
         assert np.array_equal(rows[k].supervised, alone.supervised)
         assert rows.trained[k] == alone.supervised[1:].sum()
+
+
+def test_the_digest_is_that_of_the_bytes_that_were_opened_whatever_becomes_of_their_file(tmp_path):
+    path, layout = tmp_path / "tokenizer.json", SimpleNamespace(vocab_size=1 << 20)
+    digests = []
+    for tokenizer in list(TOKENIZERS.values())[:2]:
+        tokenizer.save(str(path))
+        opened, content = open_tokenizer(path, layout)
+        path.write_text("{}")
+        digests.append(Encoder(opened, ChatML(opened), content).digest)
+    assert len(set(digests)) == 2
+    tokenizer.save(str(path))
+    assert Encoder(opened, ChatML(opened), open_tokenizer(path, layout)[1]).digest == digests[1]
 
 
 def test_the_digest_of_an_encoder_stands_for_tokenizer_and_chat(encoder):
