@@ -25,9 +25,11 @@ from mens_core.atomic import replacing
 from mens_core.errors import ModelError
 from mens_core.hf.header import WIDTHS, TensorInfo, make_header, read_header
 from mens_core.hf.inventory import Inventory, read_inventory
+from mens_core.machine import processors
 
 __all__ = [
     "AnyArray",
+    "Block",
     "StoredBytes",
     "TensorFolder",
     "TensorInfo",
@@ -61,7 +63,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _AHEAD = 2
 # Bytes after which the disk is asked to confirm, so that the end of a large file need not wait for all of it; so many
 # more are written meanwhile, and then it is waited for.
-_CONFIRMED_AT_ONCE = 1 << 27
+_CONFIRMED_AT_ONCE = 1 << 26
 
 #: An array of any type that the format knows.
 AnyArray: TypeAlias = NDArray[Any]
@@ -73,6 +75,10 @@ class StoredBytes(NamedTuple):
     path: Path
     start: int
     stop: int
+
+
+#: A part of a tensor, as ``stream_tensors`` takes it.
+Block: TypeAlias = AnyArray | StoredBytes | Callable[[], AnyArray]
 
 
 class TensorFolder(Mapping[str, AnyArray]):
@@ -185,7 +191,7 @@ def write_tensors(path: Path, tensors: Mapping[str, AnyArray], metadata: Mapping
 def stream_tensors(
     path: Path,
     specs: Mapping[str, tuple[str, tuple[int, ...]]],
-    blocks: Callable[[str], Iterable[AnyArray | StoredBytes]],
+    blocks: Callable[[str], Iterable[Block]],
     metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file from tensors that are made piece by piece, so that none has to be held.
@@ -193,7 +199,8 @@ def stream_tensors(
     Args:
         path: the file; its folder must exist.
         specs: name → (dtype code, shape), known beforehand.
-        blocks: called once per name, in the order of the file: the tensor's rows, or bytes of another file.
+        blocks: called once per name, in the order of the file: the tensor's rows, or bytes of another file, or what
+            makes rows, which is called in the thread that writes, one after the other.
         metadata: texts for the header.
 
     Raises:
@@ -207,9 +214,10 @@ def stream_tensors(
         file.write(header)
         for name in order:
             code, shape = specs[name]
-            written = sum(writer.write(block, code, f"{path}, tensor {name}") for block in blocks(name))
-            if written != math.prod(shape) * WIDTHS[code]:
-                raise ModelError(f"tensor {name} has {written} bytes, announced were {code} {shape}", where=path)
+            where, size = f"{path}, tensor {name}", math.prod(shape) * WIDTHS[code]
+            for block in blocks(name):
+                writer.write(block, code, where)
+            writer.end(size, where)
 
 
 class _Writer:
@@ -225,7 +233,8 @@ class _Writer:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="mens-confirm")
         self._waiting: deque[Future[None]] = deque()
         self._confirming: Future[None] | None = None
-        self._unconfirmed = 0
+        self._size = self._unconfirmed = 0
+        self._alone = processors() == 1
 
     def __enter__(self) -> Self:
         return self
@@ -240,21 +249,33 @@ class _Writer:
                 done.result()
             self._confirmed()
 
-    def write(self, block: AnyArray | StoredBytes, code: str, where: str) -> int:
-        """Take one block, which must not change any more; returns its bytes."""
-        if not isinstance(block, StoredBytes) and _CODES.get(block.dtype) != code:
-            raise ModelError(f"a block of type {block.dtype} where {code} was announced", where=where)
+    def write(self, block: Block, code: str, where: str) -> None:
+        """Take one block, which must not change any more."""
+        self._later(self._put, block, code, where)
+
+    def end(self, size: int, where: str) -> None:
+        """Check the bytes of the tensor whose blocks were taken."""
+        self._later(self._check, size, where)
+
+    def _later(self, task: Callable[..., None], *arguments: Any) -> None:
+        if self._alone:
+            task(*arguments)
+            return
         while len(self._waiting) >= _AHEAD:
             self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(self._put, block))
-        return block.stop - block.start if isinstance(block, StoredBytes) else block.nbytes
+        self._waiting.append(self._thread.submit(task, *arguments))
 
-    def _put(self, block: AnyArray | StoredBytes) -> None:
+    def _put(self, block: Block, code: str, where: str) -> None:
+        if callable(block):
+            block = block()
         if isinstance(block, StoredBytes):
             copy_bytes(block.path, block.start, block.stop, self._file)
             size = block.stop - block.start
+        elif _CODES.get(block.dtype) != code:
+            raise ModelError(f"a block of type {block.dtype} where {code} was announced", where=where)
         else:
             size = self._file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+        self._size += size
         self._unconfirmed += size
         if self._unconfirmed >= _CONFIRMED_AT_ONCE:
             self._file.flush()
@@ -265,6 +286,11 @@ class _Writer:
     def _confirmed(self) -> None:
         if self._confirming is not None:
             self._confirming.result()
+
+    def _check(self, size: int, where: str) -> None:
+        if self._size != size:
+            raise ModelError(f"{self._size} bytes where {size} were announced", where=where)
+        self._size = 0
 
 
 def _map_file(path: Path) -> mmap.mmap:

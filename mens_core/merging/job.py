@@ -14,7 +14,7 @@ import numpy as np
 from mens_core.artifacts.files import write_json
 from mens_core.artifacts.lora import LoraAdapter
 from mens_core.artifacts.norms import update_norm
-from mens_core.artifacts.tensors import AnyArray, StoredBytes, TensorFolder, stream_tensors
+from mens_core.artifacts.tensors import AnyArray, Block, TensorFolder, stream_tensors
 from mens_core.atomic import appearing
 from mens_core.backend import Backend
 from mens_core.errors import ModelError
@@ -174,7 +174,7 @@ class Job:
             return "F32"
         return self._wanted.dtype if self._wanted.dtype is not None and code in FLOATS else code
 
-    def _blocks(self, name: str) -> Iterator[AnyArray | StoredBytes]:
+    def _blocks(self, name: str) -> Iterator[Block]:
         try:
             for number, block in enumerate(self._made(name), start=1):
                 yield block
@@ -183,7 +183,7 @@ class Job:
         finally:
             self._tensors.forget()
 
-    def _made(self, name: str) -> Iterable[AnyArray | StoredBytes]:
+    def _made(self, name: str) -> Iterable[Block]:
         if name in self._parts:
             return (self._parts[name].stored,)
         source = self._source(name)

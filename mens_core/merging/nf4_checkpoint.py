@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,11 @@ def as_rows(weight: NDArray[Any], transposed: bool) -> NDArray[np.float32]:
     return np.ascontiguousarray(weight.T if transposed else weight, np.float32)
 
 
-def filled(shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+def filled(shape: tuple[int, ...], blocks: Iterable[Callable[[], NDArray[np.float32]]]) -> NDArray[np.float32]:
     """Blocks of rows as one array, of which no second copy is made."""
     whole, row = np.empty(shape, np.float32), 0
-    for block in blocks:
+    for make in blocks:
+        block = make()
         whole[row : row + len(block)] = block
         row += len(block)
     return whole

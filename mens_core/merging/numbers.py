@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,7 +13,6 @@ from numpy.typing import NDArray
 
 from mens_core.artifacts.lora import LoraPair
 from mens_core.backend import Backend
-from mens_core.machine import processors
 
 __all__ = ["TensorError", "merged_blocks"]
 
@@ -23,6 +20,8 @@ __all__ = ["TensorError", "merged_blocks"]
 _BLOCK = 1 << 19
 # The largest piece of memory by which glibc's allocator learns what to keep (mallopt(3), M_MMAP_THRESHOLD).
 _LARGE = 31 << 20
+# Numbers of a product that OpenBLAS does in the thread that asks.
+_SHORT = 1 << 12
 
 
 @attrs.define(kw_only=True)
@@ -53,59 +52,49 @@ class TensorError:
 
 def merged_blocks(
     weight: NDArray[Any], pair: LoraPair, dtype: np.dtype[Any], backend: Backend, error: TensorError
-) -> Iterator[NDArray[Any]]:
-    """The rows of a merged tensor, some at a time.
+) -> Iterator[Callable[[], NDArray[Any]]]:
+    """The rows of a merged tensor, some at a time: the sum is there, rounding it is left to whoever takes the block.
 
     Args:
         weight: (out, in), in a floating-point format.
         pair: its update, in the same orientation.
         dtype: of the result.
         backend: whose ``mens_merge`` computes.
-        error: all but the update's norm, complete when the last block was taken.
+        error: all but the update's norm, complete when every block was rounded. No two may be at the same time.
 
     Yields:
-        Blocks of rows, (n, in).
+        What rounds a block of rows, (n, in).
     """
-    rows = max(1, _BLOCK // max(weight.shape[1], 1))
-    starts = range(0, weight.shape[0], rows)
-    # One block is added up while the one before is rounded; a processor that has both to do takes one after the other,
-    # so that the block is still in its cache.
-    behind_by = 0 if processors() == 1 else 1
     # Fresh memory costs more than what is done with it. glibc would give the memory of every block back to the system
     # and take it anew, page by page; it keeps pieces smaller than one that it was once asked for and that was freed.
     np.empty(_LARGE, np.uint8)
-    bases = np.empty((behind_by + 1, min(rows, weight.shape[0]), weight.shape[1]), np.float32)
-    losses, differ = np.empty_like(bases[0]), np.empty(bases[0].shape, np.bool_)
-    squares = np.zeros(2)
-
-    def rounded(stored: NDArray[Any], base: NDArray[np.float32], merged: NDArray[np.float32]) -> NDArray[Any]:
-        written, lost, other = merged.astype(dtype, copy=False), losses[: len(stored)], differ[: len(stored)]
-        np.not_equal(_bits(written), _bits(stored.astype(dtype, copy=False)), out=other)
-        error.changed += int(np.count_nonzero(other))
-        lost[:] = written
-        lost -= merged
-        squares[:] += _square(base), _square(lost)
-        return written
-
-    with ThreadPoolExecutor(1, thread_name_prefix="mens-round") as behind:
-        waiting: deque[Future[NDArray[Any]]] = deque()
-        for start, room in zip(starts, itertools.cycle(bases)):
-            if len(waiting) > behind_by:
-                yield waiting.popleft().result()
-            stored = weight[start : start + rows]
-            base = room[: len(stored)]
-            base[:] = stored
-            merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
-            waiting.append(behind.submit(rounded, stored, base, merged))
-        for last in waiting:
-            yield last.result()
-    error.elements = weight.size
-    error.base, error.rounding = map(math.sqrt, squares)
+    rows = max(1, _BLOCK // max(weight.shape[1], 1))
+    for start in range(0, weight.shape[0], rows):
+        stored = weight[start : start + rows]
+        base = stored.astype(np.float32)
+        merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
+        yield partial(_rounded, merged, base, stored.astype(dtype, copy=False), error)
 
 
-def _square(scratch: NDArray[np.float32]) -> float:
-    """Of the norm; the numbers are lost. Not by BLAS, whose threads wait for each other over so little."""
-    return float(np.square(scratch, out=scratch).sum())
+def _rounded(
+    merged: NDArray[np.float32], base: NDArray[np.float32], before: NDArray[Any], error: TensorError
+) -> NDArray[Any]:
+    written = merged.astype(before.dtype, copy=False)
+    error.elements += written.size
+    error.changed += int(np.count_nonzero(_bits(written) != _bits(before)))
+    error.base = math.hypot(error.base, _norm(base))
+    lost = written.astype(np.float32)
+    lost -= merged
+    error.rounding = math.hypot(error.rounding, _norm(lost))
+    return written
+
+
+def _norm(rows: NDArray[np.float32]) -> float:
+    """Frobenius. By products so short that BLAS, which multiplies, does not wake its threads for them."""
+    numbers = rows.reshape(-1)
+    whole = numbers.size // _SHORT * _SHORT
+    most, rest = numbers[:whole].reshape(-1, _SHORT), numbers[whole:]
+    return math.sqrt(np.vecdot(most, most).sum(dtype=np.float64) + np.vecdot(rest, rest))
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

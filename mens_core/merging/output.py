@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mens_core.artifacts.files import write_json, write_text
-from mens_core.artifacts.tensors import AnyArray, StoredBytes, stream_tensors
+from mens_core.artifacts.tensors import Block, stream_tensors
 from mens_core.hf.files import find_file
 from mens_core.hf.header import WIDTHS
 
@@ -18,7 +18,7 @@ __all__ = ["Blocks", "Specs", "copy_companions", "write_card", "write_weights"]
 #: Name → (dtype code, shape).
 Specs = Mapping[str, tuple[str, tuple[int, ...]]]
 #: The tensor of a name, piece by piece.
-Blocks = Callable[[str], Iterable[AnyArray | StoredBytes]]
+Blocks = Callable[[str], Iterable[Block]]
 
 _METADATA = {"format": "pt"}
 # What belongs to a model beside its weights; code is not copied.

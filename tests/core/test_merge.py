@@ -14,6 +14,7 @@ from peft_adapters import peft_adapter
 from transformers import AutoModelForCausalLM
 
 import mens_core
+from mens_core.artifacts import tensors
 from mens_core.artifacts.adapters import open_adapter
 from mens_core.artifacts.lora import combined
 from mens_core.artifacts.tensors import open_tensors, read_tensors, write_tensors
@@ -85,13 +86,31 @@ def test_merge_gives_the_same_bytes_whatever_the_processors(bases, tmp_path, mon
     threads, reports = torch.get_num_threads(), []
     monkeypatch.setattr(numbers, "_BLOCK", block)
     for processors in (1, 2):
-        monkeypatch.setattr(numbers, "processors", lambda processors=processors: processors)
+        monkeypatch.setattr(tensors, "processors", lambda processors=processors: processors)
         output = tmp_path / f"on {processors}"
         reports.append(merge(adapter, bases["llama"], output, dtype="bfloat16"))
     one, two = (tmp_path / f"on {processors}" / "model.safetensors" for processors in (1, 2))
     assert one.read_bytes() == two.read_bytes()
     assert reports[0]["tensors"] == reports[1]["tensors"]
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4095), (3, 1366), (5, 4096)])
+def test_merge_errors_are_the_norms_of_the_whole_tensor(shape):
+    draw, error = np.random.default_rng(0), numbers.TensorError()
+    base, lost = (draw.standard_normal(shape).astype(np.float32) for _ in range(2))
+    for start in range(len(base)):
+        rows = slice(start, start + 1)
+        merged = base[rows] + lost[rows]
+        numbers._rounded(merged, base[rows], merged.astype(ml_dtypes.bfloat16), error)
+    rounding = (base + lost).astype(ml_dtypes.bfloat16).astype(np.float32) - (base + lost)
+    # Half of what a sum of 4096 squares in float32 can lose at most, since a norm is its root.
+    bound = 2048 * 2**-24
+    for found, expected in ((error.base, base), (error.rounding, rounding)):
+        assert found == pytest.approx(np.linalg.norm(expected.astype(np.float64)), rel=bound)
+        assert found != pytest.approx(np.linalg.norm(expected[:, 64:].astype(np.float64)), rel=bound)
+    assert error.elements == base.size
+    assert error.changed == 0
 
 
 @pytest.fixture

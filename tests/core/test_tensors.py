@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -193,10 +194,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     write_tensors(path, {"a": np.ones(2, np.float32)}, {})
     before = path.read_bytes()
-    with pytest.raises(ModelError, match="announced were"):
+    with pytest.raises(ModelError, match="where 12 were announced"):
         stream_tensors(path, {"a": ("F32", (3,))}, lambda _: [np.ones(2, np.float32)], {})
     with pytest.raises(ModelError, match="complex64"):
         write_tensors(path, {"a": np.ones(2, np.complex64)}, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.safetensors"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("processors", [1, 2])
+def test_rows_are_made_when_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
+    monkeypatch.setattr(tensors, "processors", lambda: processors)
+    path, specs = tmp_path / "model.safetensors", {"a": ("F32", (8,))}
+    made: list[int] = []
+
+    def make(number: int) -> np.ndarray[Any, Any]:
+        made.append(number)
+        return np.full(1, number, np.float32)
+
+    stream_tensors(path, specs, lambda _: [partial(make, number) for number in range(8)], {})
+    assert read_tensors(path)["a"].tolist() == made == list(range(8))
+    before = path.read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        stream_tensors(path, specs, lambda _: [lambda: np.ones(1 // 0, np.float32)], {})
+    with pytest.raises(ModelError, match="float64 where F32 was announced"):
+        stream_tensors(path, specs, lambda _: [lambda: np.ones(8)], {})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.safetensors"]  # noqa: PTH208
 
