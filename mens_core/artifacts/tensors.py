@@ -223,8 +223,9 @@ def stream_tensors(
 class _Writer:
     """Writes blocks in their order while the next ones are made, and has the disk take them in along the way.
 
-    At most ``_AHEAD`` blocks wait, so that a slow disk does not fill the memory. An error is raised by the next
-    ``write`` or by the end of the ``with``.
+    At most ``_AHEAD`` blocks wait, so that a slow disk does not fill the memory; on one processor none does, since a
+    block is best rounded and written while it is in the cache. An error is raised by the next ``write`` or by the end
+    of the ``with``.
     """
 
     def __init__(self, file: IO[bytes]) -> None:

@@ -51,6 +51,9 @@ SETTINGS = {
         "alpha_pattern": {"q_proj": 7},
     },
     "a head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    # A power of two rounds nothing, so backends may multiply by it where they like.
+    "a power of two": {"lora_alpha": 8},
+    "a small one": {"lora_alpha": 1},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
 }
 
