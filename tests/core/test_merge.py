@@ -51,9 +51,7 @@ SETTINGS = {
         "alpha_pattern": {"q_proj": 7},
     },
     "a head trained whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    # A power of two rounds nothing, so backends may multiply by it where they like.
-    "a power of two": {"lora_alpha": 8},
-    "a small one": {"lora_alpha": 1},
+    "a scale below one": {"lora_alpha": 1},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
 }
 
@@ -102,8 +100,8 @@ def test_merge_gives_the_same_bytes_whatever_the_processors(bases, tmp_path, mon
 def test_merge_errors_are_the_norms_of_the_whole_tensor(shape):
     draw, error = np.random.default_rng(0), numbers.TensorError()
     base, lost = (draw.standard_normal(shape).astype(np.float32) for _ in range(2))
-    for start in range(len(base)):
-        rows = slice(start, start + 1)
+    for start in range(0, len(base), 2):
+        rows = slice(start, start + 2)
         merged = base[rows] + lost[rows]
         numbers._rounded(merged, base[rows], merged.astype(ml_dtypes.bfloat16), error)
     rounding = (base + lost).astype(ml_dtypes.bfloat16).astype(np.float32) - (base + lost)

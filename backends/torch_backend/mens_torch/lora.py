@@ -103,12 +103,9 @@ def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
             where=f"weight {shapes[0]}, lora_A {shapes[1]}, lora_B {shapes[2]}",
             expected="weight (out, in), lora_A (rank, in), lora_B (out, rank)",
         )
-    lora_a, lora_b = lora_a.float(), lora_b.float()
     with _alone() if weight.numel() <= _FEW else nullcontext():
-        # In PEFT's order of roundings, so that a merge by either gives the same bits. A power of two rounds nothing.
-        if math.frexp(scale)[0] == 0.5:
-            return (lora_b * scale @ lora_a).add_(weight)
-        return (lora_b @ lora_a).mul_(scale).add_(weight)
+        # In PEFT's order of roundings, so that a merge by either gives the same bits.
+        return (lora_b.float() @ lora_a.float()).mul_(scale).add_(weight)
 
 
 @contextmanager
