@@ -61,9 +61,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 # Blocks that may wait for the disk while the next one is made.
 _AHEAD = 2
-# Bytes after which the disk is asked to confirm, so that the end of a large file need not wait for all of it; so many
-# more are written meanwhile, and then it is waited for.
-_CONFIRMED_AT_ONCE = 1 << 26
+# Bytes after which the disk is told to begin with them, so that the end of a large file need not wait for all of it.
+_BEGUN_AT_ONCE = 1 << 24
 
 #: An array of any type that the format knows.
 AnyArray: TypeAlias = NDArray[Any]
@@ -221,7 +220,7 @@ def stream_tensors(
 
 
 class _Writer:
-    """Writes blocks in their order while the next ones are made, and has the disk take them in along the way.
+    """Writes blocks in their order while the next ones are made, and has the disk begin with them along the way.
 
     At most ``_AHEAD`` blocks wait, so that a slow disk does not fill the memory; on one processor none does, since a
     block is best rounded and written while it is in the cache. An error is raised by the next ``write`` or by the end
@@ -231,10 +230,8 @@ class _Writer:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mens-write")
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="mens-confirm")
         self._waiting: deque[Future[None]] = deque()
-        self._confirming: Future[None] | None = None
-        self._size = self._unconfirmed = 0
+        self._size = self._begun = 0
         self._alone = processors() == 1
 
     def __enter__(self) -> Self:
@@ -244,11 +241,9 @@ class _Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(cancel_futures=error is not None)
-        self._disk.shutdown()
         if error is None:
             for done in self._waiting:
                 done.result()
-            self._confirmed()
 
     def write(self, block: Block, code: str, where: str) -> None:
         """Take one block, which must not change any more."""
@@ -277,16 +272,16 @@ class _Writer:
         else:
             size = self._file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
         self._size += size
-        self._unconfirmed += size
-        if self._unconfirmed >= _CONFIRMED_AT_ONCE:
-            self._file.flush()
-            self._confirmed()
-            self._confirming = self._disk.submit(lambda: os.fsync(self._file.fileno()))
-            self._unconfirmed = 0
+        self._begin()
 
-    def _confirmed(self) -> None:
-        if self._confirming is not None:
-            self._confirming.result()
+    def _begin(self) -> None:
+        size = self._file.tell() - self._begun
+        if size < _BEGUN_AT_ONCE or not hasattr(os, "posix_fadvise"):
+            return
+        self._file.flush()
+        # On Linux this starts the writing of dirty pages and waits for none; it drops only those that are on the disk.
+        os.posix_fadvise(self._file.fileno(), self._begun, size, os.POSIX_FADV_DONTNEED)
+        self._begun += size
 
     def _check(self, size: int, where: str) -> None:
         if self._size != size:

@@ -72,17 +72,15 @@ def merged_blocks(
     for start in range(0, weight.shape[0], rows):
         stored = weight[start : start + rows]
         base = stored.astype(np.float32)
+        error.base = math.hypot(error.base, _norm(base))
         merged = backend.merge(base, pair.a, pair.b[start : start + rows], pair.scale)
-        yield partial(_rounded, merged, base, stored.astype(dtype, copy=False), error)
+        yield partial(_rounded, merged, stored.astype(dtype, copy=False), error)
 
 
-def _rounded(
-    merged: NDArray[np.float32], base: NDArray[np.float32], before: NDArray[Any], error: TensorError
-) -> NDArray[Any]:
+def _rounded(merged: NDArray[np.float32], before: NDArray[Any], error: TensorError) -> NDArray[Any]:
     written = merged.astype(before.dtype, copy=False)
     error.elements += written.size
     error.changed += int(np.count_nonzero(_bits(written) != _bits(before)))
-    error.base = math.hypot(error.base, _norm(base))
     lost = written.astype(np.float32)
     lost -= merged
     error.rounding = math.hypot(error.rounding, _norm(lost))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -223,20 +224,29 @@ def test_rows_are_made_when_they_are_written(tmp_path: Path, monkeypatch: pytest
     assert os.listdir(tmp_path) == ["model.safetensors"]  # noqa: PTH208
 
 
-def test_a_disk_that_confirms_a_part_with_an_error_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")
+def test_the_disk_begins_with_every_part_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, ...]] = []
 
-    def confirm(handle: int) -> None:
-        asked.append(handle)
-        if len(asked) == 1:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def advised(handle: int, start: int, size: int, _advice: int) -> None:
+        assert os.fstat(handle).st_size >= start + size
+        begun.append((start, start + size))
 
-    monkeypatch.setattr(tensors, "_CONFIRMED_AT_ONCE", 4)
-    monkeypatch.setattr(os, "fsync", confirm)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        write_tensors(tmp_path / "m.safetensors", {"a": np.ones(2, np.float32)}, {})
+    monkeypatch.setattr(tensors, "_BEGUN_AT_ONCE", 4)
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    write_tensors(tmp_path / "m.safetensors", {name: np.ones(2, np.float32) for name in "abc"}, {})
+    size = (tmp_path / "m.safetensors").stat().st_size
+    assert begun == list(pairwise([0, size - 16, size - 8, size]))
+
+
+def test_a_disk_that_confirms_with_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", refuse)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            write_tensors(tmp_path / "m.safetensors", {"a": np.ones(2, np.float32)}, {})
     assert os.listdir(tmp_path) == []  # noqa: PTH208
     write_tensors(tmp_path / "m.safetensors", {"a": np.ones(2, np.float32)}, {})
     assert read_tensors(tmp_path / "m.safetensors")["a"].tolist() == [1.0, 1.0]
