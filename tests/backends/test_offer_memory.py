@@ -133,7 +133,8 @@ def test_adapter_and_optimizer_of_some_linears_take_as_many_bytes_as_were_offere
     assert memory["optimizer"] == sum(array.nbytes for array in state.optimizer.values())
 
 
-def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, family):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, family, dtype):
     import torch
     from mens_torch.memory import _kept
 
@@ -143,9 +144,9 @@ def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, fam
     norms = {"gpt2": ("ln_1", "ln_2"), "qwen3": ("q_norm", "k_norm")}.get(family, ("input_layernorm",))
     some = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
     for targets, whole in ((("all-linear",), ()), (some, ()), (("all-linear",), norms)):
-        plan = tiny.plan_for(backend, folders[family], targets=targets, modules_to_save=whole)
+        plan = tiny.plan_for(backend, folders[family], targets=targets, modules_to_save=whole, dtype=dtype)
         session = backend.open(plan, tiny.SHAPE)
-        batch = tiny.batch_of(24, 24)
+        batch = tiny.batch_of(20, 28)
         own = {tensor.untyped_storage().data_ptr() for tensor in session.model.network.state_dict().values()}
         kept = {}
 
@@ -159,7 +160,7 @@ def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, fam
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             total = _loss_sum(session, batch)
-        said = 48 * _kept(plan.contract, plan.layout, tiny.weights_of(folders[family]), "float32")
+        said = 48 * _kept(plan.contract, plan.layout, tiny.weights_of(folders[family]), dtype)
         # Besides: a few numbers a row of each norm and attention, the rotary tables, the last norm and the loss.
         beside = 4 * 48 * (plan.layout.num_layers * 8 * plan.layout.num_heads + 4 * plan.layout.hidden_size)
         assert float(total.detach()) > 0

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor as Array
 from torch.nn import functional
 
+from mens_torch._remade import Origin, remember
+
 __all__ = ["packed_attention"]
 
 
@@ -41,7 +43,17 @@ def packed_attention(
         splits = [torch.split(part[None], list(rows), dim=1) for part in (query, key, value)]
         parts = list(zip(*splits, strict=True))
     outputs = [_causal(*(part.transpose(1, 2) for part in row), scale=scale, window=window) for row in parts]
-    return torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
+    outputs = [output.transpose(1, 2).flatten(0, 1) for output in outputs]
+    if len(outputs) == 1:
+        return outputs[0].contiguous()
+    joined = torch.cat(outputs)
+    # Each row's own is kept for its softmax.
+    remember(joined, Origin(_joined, tuple(outputs)))
+    return joined
+
+
+def _joined(*outputs: Array) -> Array:
+    return torch.cat(outputs)
 
 
 def _causal(query: Array, key: Array, value: Array, *, scale: float, window: int | None) -> Array:

@@ -13,7 +13,8 @@
 With dy the gradient of y and u = s · dy B:  dA = uᵀ x,  dB = s · dyᵀ (x Aᵀ),  dx = dy W + u A.
 Under dropout with probability p and mask m of zeros and ones, m ⊙ x takes the place of x on the right-hand branch and
 s / (1 - p) that of s: then dx = dy W + m ⊙ (u A).
-Only x and x Aᵀ are kept for the backward pass; an NF4 weight is brought back twice and never kept.
+Only x, or what it can be made from again (``_remade``), and x Aᵀ are kept for the backward pass; an NF4 weight is
+brought back twice and never kept.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 from mens_core.errors import ContractError, ModelError
+from mens_torch._remade import Origin, origin_of
 from mens_torch._scratch import scratch
 from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight, dequantize
@@ -75,7 +77,7 @@ class LoraLinear(nn.Module):
         if not torch.is_grad_enabled():
             # A token at a time, a node that nobody asks for slopes would be a thirtieth of the work.
             return _product(*given)[0]
-        product: Array = _lora_product(*given)  # type: ignore[no-untyped-call]
+        product: Array = _lora_product(*given, origin_of(x))  # type: ignore[no-untyped-call]
         return product
 
 
@@ -184,7 +186,7 @@ def _scale(scale: float, dropout: Dropout | None) -> float:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """The formula above as one node, so that nothing but x and x Aᵀ waits for the backward pass."""
+    """The formula above as one node, so that nothing but its x and x Aᵀ waits for the backward pass."""
 
     @staticmethod
     def forward(
@@ -196,22 +198,26 @@ class _LoraProduct(torch.autograd.Function):
         lora_b: Array,
         scale: float,
         dropout: Dropout | None,
+        origin: Origin | None,
     ) -> Array:
         y, down = _product(x, weight, bias, lora_a, lora_b, scale, dropout)
         ctx.weight, ctx.shape, ctx.dropout, ctx.scale = weight, x.shape, dropout, _scale(scale, dropout)
         ctx.adapted = down is not None
         if ctx.adapted:
-            ctx.save_for_backward(x.reshape(-1, x.shape[-1]), down, lora_a, lora_b)
+            ctx.make, tensors = origin or (None, (x,))
+            ctx.save_for_backward(down, lora_a, lora_b, *tensors)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, None, None, Array | None, Array | None, None, None]:
+    def backward(ctx: Any, *grads: Array) -> tuple[Array | None, ...]:
         dy, scale = grads[0].reshape(-1, grads[0].shape[-1]), ctx.scale
         dx = dy @ _dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
         if ctx.adapted:
-            rows, down, *factors = ctx.saved_tensors
-            lora_a, lora_b = (factor.to(dy.dtype) for factor in factors)
+            down, lora_a, lora_b, *tensors = ctx.saved_tensors
+            lora_a, lora_b = (factor.to(dy.dtype) for factor in (lora_a, lora_b))
+            x = tensors[0] if ctx.make is None else ctx.make(*tensors)
+            rows = x.reshape(-1, ctx.shape[-1])
             up = dy @ lora_b
             kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
             # With beta 0 the first is read for its shape alone; s is multiplied in where the product is summed up.
@@ -219,7 +225,7 @@ class _LoraProduct(torch.autograd.Function):
             grad_b = torch.addmm(lora_b, dy.t(), down, beta=0, alpha=scale).float()
             if dx is not None:
                 dx = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
-        return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None, None
+        return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None, None, None
 
 
 # Function.apply looks for wrappers of functorch in every argument, a twentieth of a tiny model's step; none comes here.

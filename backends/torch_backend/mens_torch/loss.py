@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor as Array
 
+from mens_torch._heap import MAPPED, give_back_holes
+
 __all__ = ["supervised_loss"]
 
 # Logits that go through the softmax together on a CPU, two mebibytes of float32: the passes over them then stay in a
@@ -50,6 +52,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_head = torch.zeros_like(master) if ctx.needs_input_grad[1] else None
         rows = max(1, _IN_CACHE // len(head)) if hidden.device.type == "cpu" else chunk
+        if hidden.device.type == "cpu" and min(chunk, len(hidden)) * len(head) * hidden.element_size() >= MAPPED:
+            # Logits of that size lie beside the heap, and a run's highest demand is the two together.
+            give_back_holes()
         # One buffer for all chunks, one for their softmax: fresh ones would cost more than what is written into them.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
         room = buffer if buffer.dtype == torch.float32 else buffer[:rows].to(torch.float32)

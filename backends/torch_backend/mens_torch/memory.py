@@ -5,10 +5,10 @@ checked against the tensors autograd saves (equal to the last one for GPT-2, Lla
 width, H query and K key/value heads of width E, R rank::
 
     norms      4 D                   what goes into each of the two, and what comes out, which its linears share;
-                                     Gemma has four norms, and so 2 D more
-    attention  2 H·E + 2 K·E + H·E   query, key, value, output, and the output laid end to end
+                                     Gemma has four norms, and so 2 D more; GPT-2's linears make it again: 2 D
+    attention  2 H·E + 2 K·E         query, key, value, output; laid end to end it is made again
                H·E + K·E             Qwen3: query and key before their norms
-    GPT-2      2 F                   before the activation function and behind it
+    GPT-2      F, 2 F in bfloat16    before the activation function and, where it is not made again, behind it
     others     4 F                   gate, its activation, up, and their product
     adapters   R                     x Aᵀ of each adapted linear
 
@@ -17,7 +17,7 @@ width, H query and K key/value heads of width E, R rank::
 With gradient checkpointing each layer keeps its input alone, D numbers, and one layer at a time what stands above.
 
 On a CPU the demand is that of the whole process, and glibc's heap adds holes between what is kept and what is
-freed: with PyTorch 2.13 a tenth of what is kept for GPT-2 and a third for the rotary families, whose layers make many
+freed: with PyTorch 2.13 an eighth of what is kept for GPT-2 and a third for the rotary families, whose layers make many
 short-lived tensors (measured by fixing the heap's thresholds, which takes the holes away). Where layers are computed
 again, the holes are about as large as what such a layer keeps and makes (measured).
 """
@@ -43,7 +43,7 @@ _CUDA_FRAMEWORK = 600 * _MIB
 # The chunk of ``loss.supervised_loss`` and the logits of it that pass the softmax together on a CPU.
 _CHUNK, _IN_CACHE = 256, 1 << 19
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
-_HOLES, _SHORT_LIVED = {True: 0.10, False: 0.33}, {True: 3, False: 6}
+_HOLES, _SHORT_LIVED = {True: 0.13, False: 0.33}, {True: 3, False: 6}
 # Of a layer that is computed again, as a share of what it keeps and makes.
 _HOLES_AGAIN = {True: 1.1, False: 1.35}
 _SCRATCH = 16 * _MIB
@@ -129,7 +129,7 @@ def _made(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     block += wide * (query + key) if layout.family == "qwen3" else 0
     adapted = adapted_linears(weights, contract.adapter)
     # A linear without an adapter does not keep its input.
-    for readers, numbers in _inputs(layout):
+    for readers, numbers in _inputs(layout, dtype):
         if layout.family is None or any(path.endswith(readers) for path in adapted):
             block += width * numbers
     trained = 0 if gpt2 else sum(_norm_width(layout, name) for name in whole_parameters(layout, contract.adapter))
@@ -145,15 +145,15 @@ def _norm_width(layout: Layout, name: str) -> int:
     return layout.hidden_size if "norm" in name and ".layers." in name else 0
 
 
-def _inputs(layout: Layout) -> list[tuple[tuple[str, ...], int]]:
-    """(linears that share an input, its numbers a token) of a layer."""
+def _inputs(layout: Layout, dtype: str) -> list[tuple[tuple[str, ...], int]]:
+    """(linears that share an input which is kept, its numbers a token) of a layer; others are made again (_remade)."""
     width, inner, query = layout.hidden_size, layout.intermediate_size, layout.num_heads * layout.head_dim
     if layout.family == "gpt2":
-        return [((".c_attn",), width), ((".attn.c_proj",), width), ((".c_fc",), width), ((".mlp.c_proj",), inner)]
+        return [] if dtype == "float32" else [((".mlp.c_proj",), inner)]
     attention = (".q_proj", ".k_proj", ".v_proj", ".qkv_proj", ".in_proj_qkv", ".in_proj_z")
     return [
         (attention, width),
-        ((".o_proj", ".out_proj"), query),
+        ((".out_proj",), query),
         ((".gate_proj", ".up_proj", ".gate_up_proj"), width),
         ((".down_proj",), inner),
     ]

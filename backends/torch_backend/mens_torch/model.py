@@ -33,6 +33,7 @@ from mens_core.plan import ExecutionPlan
 from mens_torch._checkpointing import checkpoint_layers
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch._pages import MappedFiles
+from mens_torch._remade import remember_outputs
 from mens_torch._whole import train_whole
 from mens_torch.dropout import Dropout
 from mens_torch.lora import LoraLinear, select_targets
@@ -96,6 +97,7 @@ def load_model(plan: ExecutionPlan) -> Model:
     if plan.contract.training.gradient_checkpointing:
         checkpoint_layers(network)
     whole = train_whole(network, plan)
+    remember_outputs(network, getattr(torch, plan.dtype))
     head = network.get_output_embeddings()
     model = Model(
         network=network,
