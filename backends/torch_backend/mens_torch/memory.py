@@ -16,10 +16,11 @@ width, H query and K key/value heads of width E, R rank::
 
 With gradient checkpointing each layer keeps its input alone, D numbers, and one layer at a time what stands above.
 
-On a CPU the demand is that of the whole process, and glibc's heap adds holes between what is kept and what is
-freed: with PyTorch 2.13 an eighth of what is kept for GPT-2 and a third for the rotary families, whose layers make many
-short-lived tensors (measured by fixing the heap's thresholds, which takes the holes away). Where layers are computed
-again, the holes are about as large as what such a layer keeps and makes (measured).
+On a CPU the demand is that of the whole process, and glibc's heap adds holes between what is kept and what is freed:
+with PyTorch 2.13 an eighth of what is kept for GPT-2 in bfloat16, and a third for the rotary families, whose layers
+make many short-lived tensors (measured by fixing the heap's thresholds, which takes the holes away); 0.43 for GPT-2 in
+float32, where most of what is made is freed. Before logits that lie beside the heap the holes are given back. Where
+layers are computed again, the holes are about as large as what such a layer keeps and makes (measured).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mens_core.hf.families import REGISTRY
 from mens_core.hf.fit import HEAD
 from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
+from mens_torch._heap import MAPPED
 from mens_torch._pages import AT_ONCE
 
 __all__ = ["memory_parts"]
@@ -43,7 +45,8 @@ _CUDA_FRAMEWORK = 600 * _MIB
 # The chunk of ``loss.supervised_loss`` and the logits of it that pass the softmax together on a CPU.
 _CHUNK, _IN_CACHE = 256, 1 << 19
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
-_HOLES, _SHORT_LIVED = {True: 0.13, False: 0.33}, {True: 3, False: 6}
+_HOLES = {(True, "float32"): 0.43, (True, "bfloat16"): 0.13, (False, "float32"): 0.33, (False, "bfloat16"): 0.33}
+_SHORT_LIVED = {True: 3, False: 6}
 # Of a layer that is computed again, as a share of what it keeps and makes.
 _HOLES_AGAIN = {True: 1.1, False: 1.35}
 _SCRATCH = 16 * _MIB
@@ -71,11 +74,12 @@ def memory_parts(
     if contract.adapter.method == "qlora":
         # The memory that every NF4 weight is brought back into (``_scratch``).
         short += width * max((out * into for out, into in weights.linears.values()), default=0)
+    chunk = min(_CHUNK, workload.shape.supervised)
     if on_cpu:
-        short += _holes(contract, layout, every, kept, short) + _SCRATCH
+        holes, scores = _holes(contract, layout, every, kept, short, dtype), layout.vocab_size * chunk * width
+        short += _SCRATCH + (holes if scores < MAPPED else max(0, holes - scores))
     if contract.adapter.dropout:
         short += _MASKED * tokens * layout.intermediate_size * width
-    chunk = min(_CHUNK, workload.shape.supervised)
     softmax = min(max(1, _IN_CACHE // layout.vocab_size), chunk) if on_cpu else chunk
     whole = whole_parameters(layout, contract.adapter)
     standing, head = standing_memory(layout, weights, contract, dtype), whole.get(HEAD, 0)
@@ -105,10 +109,10 @@ def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     return layout.num_layers * width * layout.hidden_size + every // layout.num_layers
 
 
-def _holes(contract: FineTuneContract, layout: Layout, every: int, kept: int, short: int) -> int:
+def _holes(contract: FineTuneContract, layout: Layout, every: int, kept: int, short: int, dtype: str) -> int:
     """Bytes of the heap's holes, from those that all layers make, that are kept, and that live for a short time."""
     gpt2 = layout.family == "gpt2"
-    plain = int(_HOLES[gpt2] * every)
+    plain = int(_HOLES[gpt2, dtype] * every)
     if not contract.training.gradient_checkpointing:
         return plain
     # In few layers there is little to save, but nothing to lose.
