@@ -69,6 +69,13 @@ def _zeros(x):
     return torch.zeros_like(x)
 
 
+def test_an_input_that_is_handed_over_by_name_is_kept():
+    norm, x = torch.nn.LayerNorm(4), torch.ones(2, 4, requires_grad=True)
+    _remade.remember_outputs(norm, torch.float32)
+    assert _remade.origin_of(norm(x)) == (norm.forward, (x,))
+    assert _remade.origin_of(norm(input=x)) is None
+
+
 def test_only_the_whole_of_a_tensor_has_its_origin():
     made = torch.ones(2, 3, 4, requires_grad=True) * 2
     origin = _remade.Origin(_zeros, (made,))

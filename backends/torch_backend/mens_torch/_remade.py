@@ -59,4 +59,6 @@ def origin_of(tensor: Array) -> Origin | None:
 
 
 def _remember_output(module: Any, given: tuple[Any, ...], made: Array) -> None:
-    remember(made, Origin(module.forward, given))
+    # Empty where the input was handed over by name; it is then kept like any other.
+    if given:
+        remember(made, Origin(module.forward, given))
