@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor as Array
 from torch import nn
-from torch.nn import functional
 
 from mens_core.errors import ContractError, ModelError
+from mens_torch._products import linear, product
 from mens_torch._remade import Origin, origin_of
 from mens_torch._scratch import scratch
 from mens_torch.dropout import Dropout
@@ -170,12 +170,12 @@ def _product(
     dropout: Dropout | None,
 ) -> tuple[Array, Array | None]:
     """(y, x Aᵀ of all positions in rows); the latter is None where the rank is 0."""
-    y = functional.linear(x, _dense(weight, x.dtype), bias)
+    y = linear(x, _dense(weight, x.dtype), bias)
     if not lora_a.shape[0]:
         return y, None
     rows = x.reshape(-1, x.shape[-1])
     entered = rows if dropout is None else rows * dropout.kept(rows)
-    down = functional.linear(entered, lora_a.to(x.dtype))
+    down = linear(entered, lora_a.to(x.dtype))
     y.view(-1, y.shape[-1]).addmm_(down, lora_b.to(x.dtype).t(), alpha=_scale(scale, dropout))
     return y, down
 
@@ -211,14 +211,14 @@ class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Array) -> tuple[Array | None, ...]:
         dy, scale = grads[0].reshape(-1, grads[0].shape[-1]), ctx.scale
-        dx = dy @ _dense(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = product(dy, _dense(ctx.weight, dy.dtype)) if ctx.needs_input_grad[0] else None
         grad_a = grad_b = None
         if ctx.adapted:
             down, lora_a, lora_b, *tensors = ctx.saved_tensors
             lora_a, lora_b = (factor.to(dy.dtype) for factor in (lora_a, lora_b))
             x = tensors[0] if ctx.make is None else ctx.make(*tensors)
             rows = x.reshape(-1, ctx.shape[-1])
-            up = dy @ lora_b
+            up = product(dy, lora_b)
             kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
             # With beta 0 the first is read for its shape alone; s is multiplied in where the product is summed up.
             grad_a = torch.addmm(lora_a, up.t(), rows if kept is None else rows * kept, beta=0, alpha=scale).float()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor as Array
 
 from mens_torch._heap import MAPPED, give_back_holes
+from mens_torch._products import linear_into, product
 
 __all__ = ["supervised_loss"]
 
@@ -60,11 +61,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         room = buffer if buffer.dtype == torch.float32 else buffer[:rows].to(torch.float32)
         for start in range(0, hidden.shape[0], chunk):
             chosen = targets[start : start + chunk, None]
-            scores = torch.mm(hidden[start : start + chunk], head.t(), out=buffer[: len(chosen)])
+            scores = linear_into(buffer[: len(chosen)], hidden[start : start + chunk], head)
             for z, y in zip(torch.split(scores, rows), torch.split(chosen, rows), strict=True):
                 total += _turn_into_slopes(z, y, room)
             if gradient is not None:
-                torch.mm(scores, head, out=gradient[start : start + chunk])
+                gradient[start : start + chunk] = product(scores, head)
             if of_head is not None:
                 _add_product(of_head, scores.t(), hidden[start : start + chunk])
         ctx.gradient, ctx.of_head = gradient, of_head

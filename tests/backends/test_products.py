@@ -1,0 +1,103 @@
+"""torch's float32 products by oneDNN: the same numbers as by PyTorch's own way, wherever they are taken."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from mens_torch import _products
+from mens_torch._products import linear, linear_into, product
+from torch.nn import functional
+
+from mens_core.exchange import TrainingState
+from mens_core.plugins import load_backend
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Every product of float32 goes to oneDNN; they are counted."""
+    calls, own = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(_products, "_held_back", lambda: True)
+    monkeypatch.setattr(_products, "_MANY", 1)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(given) or own(*given))
+    return calls
+
+
+def _drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _near(found, left, right):
+    """Within what sums of float32 may lose: k · 2⁻²⁴ of the sum of the absolute values (Higham 2002, section 3.1)."""
+    assert found.dtype == torch.float32
+    bound = (left.shape[-1] + 1) * 2**-24 * (left.double().abs() @ right.double().abs())
+    return bool(((found.double() - left.double() @ right.double()).abs() <= bound).all())
+
+
+def test_products_are_exact_to_float32(taken):
+    x, weight, bias = _drawn(9, 33), _drawn(20, 33, seed=1), _drawn(20, seed=2)
+    assert _near(linear(x, weight), x, weight.t())
+    assert _near(product(x, weight.t()), x, weight.t())
+    torch.testing.assert_close(linear(x, weight, bias), linear(x, weight) + bias, rtol=0, atol=1e-5)
+    assert len(taken) == 4
+    assert not _near(linear(x.bfloat16().float(), weight), x, weight.t()), "the twin: rounded to bfloat16"
+
+
+def test_views_and_leading_axes_are_what_they_stand_for(taken):
+    x, weight = _drawn(2, 5, 33), _drawn(33, 20, seed=1)
+    torch.testing.assert_close(linear(x, weight.t()), x @ weight, rtol=0, atol=1e-5)
+    assert linear(x, weight.t()).shape == (2, 5, 20)
+    across = _drawn(33, 9).t()
+    torch.testing.assert_close(product(across, weight), across @ weight, rtol=0, atol=1e-5)
+    assert len(taken) == 3
+
+
+def test_what_has_its_place_is_written_there(taken, monkeypatch):
+    monkeypatch.setattr(_products, "_COLUMNS", 8)
+    x, weight, room = _drawn(9, 33), _drawn(20, 33, seed=1), torch.full((12, 20), 7.0)
+    assert linear_into(room[:9], x, weight).data_ptr() == room.data_ptr()
+    assert _near(room[:9], x, weight.t())
+    assert bool((room[9:] == 7.0).all())
+    assert len(taken) == 3
+
+
+def test_small_ones_and_bfloat16_go_pytorchs_own_way(taken, monkeypatch):
+    x, weight = _drawn(9, 33), _drawn(20, 33, seed=1)
+    assert torch.equal(linear(x.bfloat16(), weight.bfloat16()), functional.linear(x.bfloat16(), weight.bfloat16()))
+    monkeypatch.setattr(_products, "_MANY", 9 * 33 * 20 + 1)
+    assert torch.equal(linear(x, weight), functional.linear(x, weight))
+    assert torch.equal(linear_into(torch.empty(9, 20), x, weight), x @ weight.t())
+    assert not taken
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_it_is_the_processor_that_decides(monkeypatch, tmp_path, vendor, capability, expected):
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"vendor_id\t: {vendor}\n", encoding="utf-8")
+    monkeypatch.setattr(_products, "_CPUINFO", told)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert _products._held_back.__wrapped__() is expected
+    monkeypatch.setattr(_products, "_CPUINFO", tmp_path / "elsewhere")
+    assert _products._held_back.__wrapped__() is False
+
+
+@pytest.mark.parametrize("fields", [{}, {"dropout": 0.3}, {"method": "qlora"}], ids=["lora", "dropout", "qlora"])
+def test_a_step_has_the_slopes_of_pytorchs_own_products(folders, taken, monkeypatch, fields):
+    def moments():
+        backend = load_backend("torch")
+        session = backend.open(tiny.plan_for(backend, folders["llama"], **fields), tiny.SHAPE)
+        adapter = tiny.random_adapter(backend.state(session).adapter)
+        session = backend.restore(session, TrainingState(adapter=adapter, optimizer={}, step=0))
+        backend.step(session, [tiny.batch_of(9, 5), tiny.batch_of(12, 3, 4, seed=2)], 0.0)
+        return backend.state(session).optimizer
+
+    found = moments()
+    assert len(taken) > 50
+    monkeypatch.setattr(_products, "_held_back", lambda: False)
+    for name, expected in moments().items():
+        # Sums in another order through two layers: 2e-6 of the largest was seen.
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-5 * np.abs(expected).max(), err_msg=name)
