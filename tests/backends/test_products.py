@@ -41,6 +41,7 @@ def test_products_are_exact_to_float32(taken):
     assert _near(product(x, weight.t()), x, weight.t())
     torch.testing.assert_close(linear(x, weight, bias), linear(x, weight) + bias, rtol=0, atol=1e-5)
     assert len(taken) == 4
+    assert _near(product(x, weight.t(), 0.5), 0.5 * x, weight.t())
     assert not _near(linear(x.bfloat16().float(), weight), x, weight.t()), "the twin: rounded to bfloat16"
 
 
@@ -68,6 +69,8 @@ def test_small_ones_and_bfloat16_go_pytorchs_own_way(taken, monkeypatch):
     monkeypatch.setattr(_products, "_MANY", 9 * 33 * 20 + 1)
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
     assert torch.equal(linear_into(torch.empty(9, 20), x, weight), x @ weight.t())
+    assert torch.equal(product(x, weight.t()), x @ weight.t())
+    assert _near(product(x, weight.t(), 0.5), 0.5 * x, weight.t())
     assert not taken
 
 

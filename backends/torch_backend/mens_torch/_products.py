@@ -8,7 +8,6 @@ Both round alike: to float32, after sums in float32.
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 
 import torch
@@ -35,29 +34,38 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     Returns:
         (..., out).
     """
-    if _held_back() and _is_large(x, weight):
-        made: Array = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # noqa: SLF001
-        return made
+    if _goes_to_onednn(x, weight.shape[0]):
+        return _by_onednn(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
 def linear_into(out: Array, x: Array, weight: Array) -> Array:
     """Write x Wᵀ over ``out``, (n, out), from (n, in) and (out, in); returns it."""
-    if not (_held_back() and _is_large(x, weight)):
+    if not _goes_to_onednn(x, weight.shape[0]):
         return torch.mm(x, weight.t(), out=out)
     for part, rows in zip(torch.split(out, _COLUMNS, dim=1), torch.split(weight, _COLUMNS), strict=True):
-        part.copy_(linear(x, rows))
+        part.copy_(_by_onednn(x, rows))
     return out
 
 
-def product(left: Array, right: Array) -> Array:
-    """(n, k) times (k, m), without a gradient."""
-    return linear(left, right.t())
+def product(left: Array, right: Array, scale: float = 1.0) -> Array:
+    """S · (n, k) (k, m), without a gradient; what is summed up is multiplied before it is rounded to bfloat16."""
+    if _goes_to_onednn(left, right.shape[1]):
+        made = _by_onednn(left, right.t())
+        return made if scale == 1.0 else made.mul_(scale)
+    if scale == 1.0:
+        return torch.mm(left, right)
+    # With beta 0 the first is read for its format alone.
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
-def _is_large(x: Array, weight: Array) -> bool:
-    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
-    return on_cpu and math.prod(x.shape) * weight.shape[0] >= _MANY
+def _goes_to_onednn(x: Array, out: int) -> bool:
+    return x.dtype == torch.float32 and x.numel() * out >= _MANY and x.device.type == "cpu" and _held_back()
+
+
+def _by_onednn(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    made: Array = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # noqa: SLF001
+    return made
 
 
 @functools.cache

@@ -220,9 +220,8 @@ class _LoraProduct(torch.autograd.Function):
             rows = x.reshape(-1, ctx.shape[-1])
             up = product(dy, lora_b)
             kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
-            # With beta 0 the first is read for its shape alone; s is multiplied in where the product is summed up.
-            grad_a = torch.addmm(lora_a, up.t(), rows if kept is None else rows * kept, beta=0, alpha=scale).float()
-            grad_b = torch.addmm(lora_b, dy.t(), down, beta=0, alpha=scale).float()
+            grad_a = product(up.t(), rows if kept is None else rows * kept, scale).float()
+            grad_b = product(dy.t(), down, scale).float()
             if dx is not None:
                 dx = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
         return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None, None, None
