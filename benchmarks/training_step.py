@@ -240,7 +240,7 @@ def compare(steps: dict[str, Step], asked: argparse.Namespace) -> None:
 
 
 def useful_share(seconds: list[float], case: str, asked: argparse.Namespace) -> None:
-    """The work that the mathematics needs, by the machine's highest speed of products in this run, over what was spent."""
+    """The work that the mathematics needs, by the fastest products of this run, over what was spent."""
     a, b = (torch.randn(2048, 2048, dtype=getattr(torch, asked.dtype)) for _ in range(2))
     spent = figures.in_turns({"PyTorch's way": lambda: a @ b, "ours": lambda: product(a, b)}, 7)
     needed = operations(asked.rows) / (2 * 2048**3 / min(min(seconds) for seconds in spent.values()))
