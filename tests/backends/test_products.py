@@ -16,10 +16,11 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Every product of float32 goes to oneDNN; they are counted."""
+    """Every product of float32 goes to oneDNN, by pieces of 8, 4, 2 and 1 rows; they are counted."""
     calls, own = [], torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(_products, "_held_back", lambda: True)
     monkeypatch.setattr(_products, "_MANY", 1)
+    monkeypatch.setattr(_products, "_ROWS", (8, 4, 2, 1))
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(given) or own(*given))
     return calls
 
@@ -40,8 +41,7 @@ def test_products_are_exact_to_float32(taken):
     assert _near(linear(x, weight), x, weight.t())
     assert _near(product(x, weight.t()), x, weight.t())
     torch.testing.assert_close(linear(x, weight, bias), linear(x, weight) + bias, rtol=0, atol=1e-5)
-    assert len(taken) == 4
-    assert _near(product(x, weight.t(), 0.5), 0.5 * x, weight.t())
+    assert len(taken) == 8, "a piece of 8 rows and one of 1, four times"
     assert not _near(linear(x.bfloat16().float(), weight), x, weight.t()), "the twin: rounded to bfloat16"
 
 
@@ -51,7 +51,26 @@ def test_views_and_leading_axes_are_what_they_stand_for(taken):
     assert linear(x, weight.t()).shape == (2, 5, 20)
     across = _drawn(33, 9).t()
     torch.testing.assert_close(product(across, weight), across @ weight, rtol=0, atol=1e-5)
-    assert len(taken) == 3
+    assert [len(rows) for rows, *_ in taken] == [8, 2, 8, 2, 8, 1]
+
+
+def test_onednn_sees_few_shapes_whatever_the_lengths(taken, monkeypatch):
+    """It keeps memory for each shape: half a megabyte, by which a run of ninety lengths grew to thrice its plan."""
+    monkeypatch.setattr(_products, "_ROWS", (16, 8, 4))
+    weight, bias = _drawn(20, 33, seed=1), _drawn(20, seed=2)
+    for rows in range(1, 70):
+        x = _drawn(rows, 33, seed=rows)
+        assert _near(linear(x, weight), x, weight.t()), rows
+        torch.testing.assert_close(linear(x, weight, bias), linear(x, weight) + bias, rtol=0, atol=1e-5)
+    assert {len(rows) for rows, *_ in taken} == {16, 8, 4}
+    assert sum(len(rows) for rows, *_ in taken) == 3 * sum(rows // 4 * 4 for rows in range(1, 70))
+
+
+def test_pieces_too_small_for_it_are_left_to_pytorch(taken, monkeypatch):
+    monkeypatch.setattr(_products, "_MANY", 4 * 33 * 20)
+    x, weight = _drawn(15, 33), _drawn(20, 33, seed=1)
+    assert _near(linear(x, weight), x, weight.t())
+    assert [len(rows) for rows, *_ in taken] == [8, 4]
 
 
 def test_what_has_its_place_is_written_there(taken, monkeypatch):
@@ -60,7 +79,7 @@ def test_what_has_its_place_is_written_there(taken, monkeypatch):
     assert linear_into(room[:9], x, weight).data_ptr() == room.data_ptr()
     assert _near(room[:9], x, weight.t())
     assert bool((room[9:] == 7.0).all())
-    assert len(taken) == 3
+    assert len(taken) == 6, "two pieces, by three of the columns"
 
 
 def test_small_ones_and_bfloat16_go_pytorchs_own_way(taken, monkeypatch):
@@ -70,7 +89,6 @@ def test_small_ones_and_bfloat16_go_pytorchs_own_way(taken, monkeypatch):
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
     assert torch.equal(linear_into(torch.empty(9, 20), x, weight), x @ weight.t())
     assert torch.equal(product(x, weight.t()), x @ weight.t())
-    assert _near(product(x, weight.t(), 0.5), 0.5 * x, weight.t())
     assert not taken
 
 

@@ -3,11 +3,15 @@
 PyTorch gives float32 to Intel's MKL, which runs its AVX-512 kernels on Intel's processors alone, and bfloat16 to
 oneDNN, which goes by what the processor can do. On AMD's Zen 5 a product of float32 takes oneDNN half of MKL's time.
 Both round alike: to float32, after sums in float32.
+
+oneDNN keeps half a megabyte for each shape it has seen, scattered over the heap, and a batch's tokens are hardly ever
+as many as another's. So it gets rows by the piece, of few sizes; what is left, fewer than the smallest, is MKL's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +22,9 @@ __all__ = ["linear", "linear_into", "product"]
 
 # Multiplications from which oneDNN is not slower; below, what it prepares for each call shows.
 _MANY = 1 << 20
-# oneDNN writes where it likes; what has its place is made in so many columns at a time and copied while in the cache.
+# The rows of a piece: every call packs the whole weight, which 64 rows repay and 512 hardly notice.
+_ROWS = (512, 256, 128, 64)
+# oneDNN writes where it likes; so many columns at a time are still in the cache when they are copied to their place.
 _COLUMNS = 4096
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -34,36 +40,57 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     Returns:
         (..., out).
     """
-    if _goes_to_onednn(x, weight.shape[0]):
-        return _by_onednn(x, weight, bias)
-    return functional.linear(x, weight, bias)
+    if not _goes_to_onednn(x, len(weight)):
+        return functional.linear(x, weight, bias)
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    _write(out.view(-1, len(weight)), x.reshape(-1, x.shape[-1]), weight, bias)
+    return out
 
 
 def linear_into(out: Array, x: Array, weight: Array) -> Array:
     """Write x Wᵀ over ``out``, (n, out), from (n, in) and (out, in); returns it."""
-    if not _goes_to_onednn(x, weight.shape[0]):
+    if not _goes_to_onednn(x, len(weight)):
         return torch.mm(x, weight.t(), out=out)
-    for part, rows in zip(torch.split(out, _COLUMNS, dim=1), torch.split(weight, _COLUMNS), strict=True):
-        part.copy_(_by_onednn(x, rows))
+    _write(out, x, weight, None)
     return out
 
 
-def product(left: Array, right: Array, scale: float = 1.0) -> Array:
-    """S · (n, k) (k, m), without a gradient; what is summed up is multiplied before it is rounded to bfloat16."""
+def product(left: Array, right: Array) -> Array:
+    """(n, k) (k, m), without a gradient; k and m are a weight's, n is any."""
     if _goes_to_onednn(left, right.shape[1]):
-        made = _by_onednn(left, right.t())
-        return made if scale == 1.0 else made.mul_(scale)
-    if scale == 1.0:
-        return torch.mm(left, right)
-    # With beta 0 the first is read for its format alone.
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+        return linear(left, right.t())
+    return torch.mm(left, right)
 
 
 def _goes_to_onednn(x: Array, out: int) -> bool:
     return x.dtype == torch.float32 and x.numel() * out >= _MANY and x.device.type == "cpu" and _held_back()
 
 
-def _by_onednn(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def _write(out: Array, x: Array, weight: Array, bias: Array | None) -> None:
+    done = 0
+    for rows in _pieces(len(x), weight.numel()):
+        for start in range(0, len(weight), _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            made = _by_onednn(x[done : done + rows], weight[columns], None if bias is None else bias[columns])
+            out[done : done + rows, columns].copy_(made)
+        done += rows
+    if done == len(x):
+        return
+    if bias is None:
+        torch.mm(x[done:], weight.t(), out=out[done:])
+    else:
+        torch.addmm(bias, x[done:], weight.t(), out=out[done:])
+
+
+def _pieces(rows: int, each: int) -> Iterator[int]:
+    """The sizes of oneDNN's pieces, the largest first, of that many multiplications a row."""
+    for size in _ROWS:
+        if size * each >= _MANY:
+            yield from [size] * (rows // size)
+            rows %= size
+
+
+def _by_onednn(x: Array, weight: Array, bias: Array | None) -> Array:
     made: Array = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # noqa: SLF001
     return made
 

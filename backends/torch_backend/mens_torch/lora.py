@@ -180,6 +180,12 @@ def _product(
     return y, down
 
 
+def _slope(out: Array, entered: Array, scale: float) -> Array:
+    """S · outᵀ entered, summed over the rows; what is summed up is multiplied before it is rounded to bfloat16."""
+    # With beta 0 the first is read for its format alone.
+    return torch.addmm(out.new_empty(()), out.t(), entered, beta=0, alpha=scale).float()
+
+
 def _scale(scale: float, dropout: Dropout | None) -> float:
     """S / (1 - p): the factor goes where it costs nothing and is not rounded to the format of x."""
     return scale if dropout is None else scale / (1.0 - dropout.probability)
@@ -220,8 +226,8 @@ class _LoraProduct(torch.autograd.Function):
             rows = x.reshape(-1, ctx.shape[-1])
             up = product(dy, lora_b)
             kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
-            grad_a = product(up.t(), rows if kept is None else rows * kept, scale).float()
-            grad_b = product(dy.t(), down, scale).float()
+            grad_a = _slope(up, rows if kept is None else rows * kept, scale)
+            grad_b = _slope(dy, down, scale)
             if dx is not None:
                 dx = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
         return None if dx is None else dx.view(ctx.shape), None, None, grad_a, grad_b, None, None, None
