@@ -40,7 +40,7 @@ def evaluate_model(
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "rows": len(rows),
-        "tokens": int(rows.lengths.sum()),
+        "tokens": rows.tokens,
         "supervised_tokens": int(rows.trained.sum()),
         "execution_kernel": opened.plan.execution_kernel,
         "model": opened.plan.model_name,

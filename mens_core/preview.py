@@ -194,7 +194,7 @@ def _roles(file: Path, encoder: Encoder) -> dict[str, float]:
     """The share of every role's own words in the tokens of a sample, each of its texts tokenised by itself."""
     rows, _, _ = sample_rows(file, _SAMPLED_ROWS)
     sampled = table_in_memory(rows, encoder, Supervision(), Faults(file))
-    total, counts = int(sampled.rows.lengths.sum()), Counter[str]()
+    total, counts = sampled.rows.tokens, Counter[str]()
     usable = set(sampled.columns.lines.tolist())
     for turn in (turn for row in rows if row.line in usable for turn in row.turns):
         counts[turn.role] += len(encoder.tokenizer.encode(turn.content, add_special_tokens=False).ids)

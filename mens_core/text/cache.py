@@ -1,9 +1,11 @@
 """Token rows on disk, under a name made of all that decides them: a file is tokenised once.
 
     $XDG_CACHE_HOME/mens-core/tokens/<sha256>/
-        tokens.i32  mask.u8     as long as the file's tokens; mapped, read where rows are looked at
-        index.npz               a few numbers a row
+        tokens.i4  mask.b1      as long as the file's tokens
+        offsets.i8 …            a number a row each
         table.json              names, faults, sizes; written last
+
+All columns are mapped: a page is read where it is looked at, and the system takes it back when it needs the memory.
 
 A folder appears whole or not at all. Beyond ``LIMIT_BYTES`` those unused for longest make room.
 """
@@ -17,6 +19,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,7 @@ from mens_core.corpus.faults import Faults
 from mens_core.corpus.row import Row
 from mens_core.errors import DataError
 from mens_core.text.encode import Encoder
-from mens_core.text.table import Columns, RowTable, Supervision, write_tokens
-from mens_core.text.tokens import TokenRows
+from mens_core.text.table import COLUMNS, RowTable, Supervision, table_of, write_columns
 
 __all__ = ["LIMIT_BYTES", "cached_table", "tokens_folder"]
 
@@ -37,10 +39,10 @@ __all__ = ["LIMIT_BYTES", "cached_table", "tokens_folder"]
 LIMIT_BYTES = 20 << 30
 
 # To be raised with every change of how rows are read, cut or laid out; chats carry versions of their own.
-_FORMAT = "mens.tokens.v1"
-_IDS, _MASK, _INDEX, _TABLE = "tokens.i32", "mask.u8", "index.npz", "table.json"
+_FORMAT = "mens.tokens.v2"
+_TABLE = "table.json"
+_FILES = {name: f"{name}.{dtype.str[1:]}" for name, dtype in COLUMNS.items()}
 _HALF_MADE, _SECONDS_TO_MAKE = ".tmp", 7 * 24 * 3600
-_ARRAYS = ("lines", "source", "ratings", "context")
 
 
 def tokens_folder() -> Path:
@@ -99,19 +101,18 @@ def _write(folder: Path, rows: Iterable[Row], encoder: Encoder, supervision: Sup
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_HALF_MADE}")
     temporary.mkdir()
     try:
-        with (temporary / _IDS).open("xb") as ids, (temporary / _MASK).open("xb") as mask:
-            lengths, trained, columns = write_tokens(rows, encoder, supervision, faults, ids, mask)
-            for file in (ids, mask):
+        with ExitStack() as opened:
+            files = {name: opened.enter_context((temporary / _FILES[name]).open("xb")) for name in COLUMNS}
+            sources, contexts = write_columns(rows, encoder, supervision, faults, files)
+            counts = {name: file.tell() // COLUMNS[name].itemsize for name, file in files.items()}
+            for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
-        arrays = {name: getattr(columns, name) for name in _ARRAYS}
-        with (temporary / _INDEX).open("xb") as file:
-            np.savez(file, lengths=lengths, trained=trained, **arrays)
         described = {
             "format": _FORMAT,
-            "tokens": int(lengths.sum()),
-            "sources": list(columns.sources),
-            "contexts": list(columns.contexts),
+            "counts": counts,
+            "sources": sources,
+            "contexts": contexts,
             "faults": faults.as_dict(),
         }
         (temporary / _TABLE).write_text(json.dumps(described), encoding="utf-8")
@@ -131,25 +132,24 @@ def _open(folder: Path, path: Path) -> RowTable | None:
     """The rows of a folder; None if it is not there, or damaged."""
     try:
         described: dict[str, Any] = json.loads((folder / _TABLE).read_text(encoding="utf-8"))
-        with np.load(folder / _INDEX) as index:
-            arrays = {name: index[name] for name in ("lengths", "trained", *_ARRAYS)}
-        tokens = described["tokens"]
-        if tokens != int(arrays["lengths"].sum()) or (folder / _IDS).stat().st_size != 4 * tokens:
+        columns = {name: _mapped(folder / _FILES[name], name, described["counts"][name]) for name in COLUMNS}
+        if columns["offsets"][-1] != len(columns["tokens"]):
             return None
-        ids, mask = _mapped(folder / _IDS, np.int32, tokens), _mapped(folder / _MASK, np.bool_, tokens)
         os.utime(folder / _TABLE)
     except (OSError, ValueError, KeyError):
         return None
-    columns = Columns(
-        sources=described["sources"],
-        contexts=described["contexts"],
-        **{name: arrays[name] for name in _ARRAYS},
-    )
-    rows = TokenRows.laid_out(ids, mask, arrays["lengths"], arrays["trained"])
-    return RowTable(rows, columns, Faults.from_dict(path, described["faults"]))
+    return table_of(columns, described["sources"], described["contexts"], Faults.from_dict(path, described["faults"]))
 
 
-def _mapped(file: Path, dtype: Any, count: int) -> Any:
+def _mapped(file: Path, name: str, count: int) -> Any:
+    """A column.
+
+    Raises:
+        ValueError: if the file has another size.
+    """
+    dtype = COLUMNS[name]
+    if file.stat().st_size != count * dtype.itemsize:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, {count} numbers expected")
     # An empty file cannot be mapped.
     # As an array of the plain kind: every view of a memmap costs a microsecond of its own.
     return np.asarray(np.memmap(file, dtype, "r", shape=(count,))) if count else np.empty(0, dtype)

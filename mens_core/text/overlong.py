@@ -109,10 +109,41 @@ def fit_rows(
     Raises:
         DataError: if there are too long rows under ``error``, too many under ``auto``, or none remains.
     """
-    lengths = rows.lengths
-    overlong = lengths > seq_len
-    longest = int(lengths.max(initial=0))
-    _check(int(overlong.sum()), len(rows), longest, seq_len, policy)
+    overlong, longest = _overlong(rows, seq_len)
+    _check(overlong, len(rows), longest, seq_len, policy)
+    sums = {field.name: np.zeros(len(sources)) for field in attrs.fields(Loss)}
+    parts, same = [], True
+    for place, part in rows.parts():
+        fitted, losses = _fit(part, seq_len, policy, side)
+        for name, values in losses:
+            # Sums of whole numbers in float64 are exact below 2⁵³.
+            sums[name] += np.bincount(groups[place], weights=values, minlength=len(sources))
+        parts.append(fitted)
+        same = same and fitted is part
+    ledger = _ledger(sums, sources, longest, seq_len)
+    if not any(map(len, parts)):
+        raise DataError(
+            "no row is left to train on",
+            where=f"{len(rows)} rows: {overlong} longer than {seq_len} tokens, "
+            f"{ledger.total.rows_dropped_unsupervised} unsupervised",
+            fix="raise --seq-len or shorten the rows",
+        )
+    return rows if same else _joined(rows, parts), ledger
+
+
+def _overlong(rows: TokenRows, seq_len: int) -> tuple[int, int]:
+    """(how many rows are longer than that, the longest)."""
+    overlong = longest = 0
+    for _, part in rows.parts():
+        lengths = part.lengths
+        overlong += int(np.count_nonzero(lengths > seq_len))
+        longest = max(longest, int(lengths.max()))
+    return overlong, longest
+
+
+def _fit(rows: TokenRows, seq_len: int, policy: str, side: str) -> tuple[TokenRows, Iterator[tuple[str, NDArray[Any]]]]:
+    """(the rows that fit and have a supervised token, the same object if all do; losses of each row by name)."""
+    overlong = rows.lengths > seq_len
     fitted, owners = rows, np.arange(len(rows))
     if overlong.any():
         spans, owners = _spans(rows, overlong, seq_len, policy, side)
@@ -123,15 +154,13 @@ def fit_rows(
             trained[changed] = fitted.cut(spans[0][changed], spans[1][changed]).trained
             fitted = attrs.evolve(fitted, starts=spans[0], ends=spans[1], trained=trained)
     kept = fitted.trained > 0
-    ledger = _ledger(rows, groups, sources, overlong, fitted, owners, kept, policy, seq_len)
-    if not kept.any():
-        raise DataError(
-            "no row is left to train on",
-            where=f"{len(rows)} rows: {int(overlong.sum())} longer than {seq_len} tokens, "
-            f"{ledger.total.rows_dropped_unsupervised} unsupervised",
-            fix="raise --seq-len or shorten the rows",
-        )
-    return fitted if kept.all() else fitted.take(kept), ledger
+    losses = _per_row(rows, overlong, fitted, owners, kept, policy)
+    return fitted if kept.all() else fitted.take(kept), losses
+
+
+def _joined(rows: TokenRows, parts: Sequence[TokenRows]) -> TokenRows:
+    numbers = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("starts", "ends", "trained")}
+    return attrs.evolve(rows, **numbers)
 
 
 def _check(overlong: int, count: int, longest: int, seq_len: int, policy: str) -> None:
@@ -163,25 +192,12 @@ def _spans(
     return (rows.starts[owners], rows.ends[owners]), owners
 
 
-def _ledger(
-    rows: TokenRows,
-    groups: NDArray[np.int32],
-    sources: Sequence[str],
-    overlong: NDArray[np.bool_],
-    fitted: TokenRows,
-    owners: NDArray[np.int64],
-    kept: NDArray[np.bool_],
-    policy: str,
-    seq_len: int,
-) -> LengthLedger:
-    per_row = _per_row(rows, overlong, fitted, owners, kept, policy)
-    sums = {name: _by_group(values, groups, len(sources)) for name, values in per_row}
+def _ledger(sums: Mapping[str, NDArray[Any]], sources: Sequence[str], longest: int, seq_len: int) -> LengthLedger:
     losing = np.flatnonzero(sums["rows_overlong"] + sums["rows_dropped_unsupervised"])
     losers = sorted(losing.tolist(), key=lambda place: (-sums["rows_overlong"][place], sources[place]))
     by_source = {sources[place]: _loss(sums, place) for place in losers[:_SOURCES_SHOWN]}
     if len(losers) > _SOURCES_SHOWN:
         by_source[_OTHERS] = _loss(sums, losers[_SOURCES_SHOWN:])
-    longest = int(rows.lengths.max(initial=0))
     return LengthLedger(total=_loss(sums, slice(None)), by_source=by_source, longest=longest, seq_len=seq_len)
 
 
@@ -193,7 +209,7 @@ def _per_row(
     kept: NDArray[np.bool_],
     policy: str,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The fields of ``Loss``, (rows,) each, one at a time: of a million rows they would take 72 MB together."""
+    """The fields of ``Loss``, (rows,) each."""
     present = np.bincount(owners, minlength=len(rows)) > 0
     yield "rows", np.ones(len(rows), np.bool_)
     yield "supervised_tokens", rows.trained
@@ -204,13 +220,7 @@ def _per_row(
     yield "rows_dropped_unsupervised", np.bincount(owners, weights=~kept, minlength=len(rows))
     remaining = np.bincount(owners, weights=np.where(kept, fitted.trained, 0), minlength=len(rows)).astype(np.int64)
     yield "supervised_tokens_cut", np.where(present, rows.trained - remaining, 0)
-    del remaining
     yield "supervised_tokens_dropped", np.where(present, 0, rows.trained)
-
-
-def _by_group(values: NDArray[Any], groups: NDArray[np.int32], count: int) -> NDArray[Any]:
-    # Sums of whole numbers in float64 are exact below 2⁵³.
-    return np.bincount(groups, weights=values, minlength=count)
 
 
 def _loss(sums: Mapping[str, NDArray[Any]], places: int | list[int] | slice) -> Loss:

@@ -9,7 +9,9 @@ last window of an epoch may hold fewer batches and its last batch fewer rows; it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import attrs
 import numpy as np
@@ -22,7 +24,10 @@ from mens_core.text.tokens import TokenRows
 
 __all__ = ["Batching", "best_fit", "epoch_order", "pack", "total_steps"]
 
-_Places = NDArray[np.int64]
+_Places = NDArray[np.integer[Any]]
+
+# The largest batch is looked for among the batches of so many rows, or bins, at a time.
+_AT_A_TIME = 1 << 16
 
 
 def pack(rows: TokenRows) -> Batch:
@@ -53,10 +58,12 @@ def pack(rows: TokenRows) -> Batch:
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int) -> _Places:
     """The permutation of one epoch; a function of its arguments alone (Philox, keyed by seed and epoch)."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    # Drawn alike for either size of number.
+    return generator.permutation(np.arange(num_rows, dtype=np.int32 if num_rows < 1 << 31 else np.int64))
 
 
-def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[_Places]:
+def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[NDArray[np.int64]]:
     """Put rows into bins: the longest first, each into the fullest bin that still has room for it.
 
     Best-fit decreasing needs at most 11/9 of the fewest possible bins, and 4 more (Johnson 1973). How many there are
@@ -116,50 +123,58 @@ class Batching:
             bin_tokens=contract.data.seq_len if spec.packing == "best-fit" else None,
         )
 
-    def batches(self, lengths: NDArray[np.int64], epoch: int) -> list[_Places]:
-        """For each batch of an epoch the places of its rows."""
-        order = epoch_order(len(lengths), seed=self.seed, epoch=epoch)
+    def batches(self, rows: TokenRows, epoch: int, first: int = 0) -> Iterator[_Places]:
+        """For each batch of an epoch from the ``first`` on the places of its rows."""
+        order = epoch_order(len(rows), seed=self.seed, epoch=epoch)
         if self.bin_tokens is None:
-            return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        bins = [order[places] for places in best_fit(lengths[order], self.bin_tokens)]
+            return self._grouped(order, first)
+        bins = [order[places] for places in best_fit(rows.lengths[order], self.bin_tokens)]
         # Out of the order of their making, in which the fullest come first.
         shuffled = epoch_order(len(bins), seed=self.seed, epoch=epoch)
-        groups = [shuffled[start : start + self.batch_size] for start in range(0, len(bins), self.batch_size)]
-        return [np.concatenate([bins[k] for k in group]) for group in groups]
+        return (np.concatenate([bins[k] for k in group]) for group in self._grouped(shuffled, first))
 
-    def count(self, lengths: NDArray[np.int64]) -> int:
+    def count(self, rows: TokenRows) -> int:
         """Batches in every epoch."""
-        units = len(lengths) if self.bin_tokens is None else len(best_fit(lengths, self.bin_tokens))
+        units = len(rows) if self.bin_tokens is None else len(best_fit(rows.lengths, self.bin_tokens))
         return -(-units // self.batch_size)
 
-    def steps(self, lengths: NDArray[np.int64]) -> int:
+    def steps(self, rows: TokenRows) -> int:
         """Optimizer steps in every epoch."""
-        return -(-self.count(lengths) // self.grad_accum)
+        return -(-self.count(rows) // self.grad_accum)
 
     def windows(self, rows: TokenRows, epoch: int, first: int = 0) -> Iterator[list[Batch]]:
         """One epoch's accumulation windows from the ``first`` on, each a list of 1 to ``grad_accum`` batches."""
-        chosen = self.batches(rows.lengths, epoch)
-        for start in range(first * self.grad_accum, len(chosen), self.grad_accum):
-            yield [pack(rows.take(places)) for places in chosen[start : start + self.grad_accum]]
+        batches = self.batches(rows, epoch, first * self.grad_accum)
+        while chosen := list(itertools.islice(batches, self.grad_accum)):
+            yield [pack(rows.take(places)) for places in chosen]
 
     def shape(self, rows: TokenRows, epochs: int) -> BatchShape:
         """The largest batch that a run over these rows will meet."""
-        lengths = rows.lengths
-        most_rows = tokens = supervised = count = 0
+        at_a_time = max(1, _AT_A_TIME // self.batch_size)
+        most_rows = tokens = supervised = longest = count = 0
         for epoch in range(epochs):
-            chosen = self.batches(lengths, epoch)
-            starts = np.cumsum([0, *map(len, chosen)])[:-1]
-            places, count = np.concatenate(chosen), len(chosen)
-            most_rows = max(most_rows, *map(len, chosen))
-            tokens = max(tokens, int(np.add.reduceat(lengths[places], starts).max()))
-            supervised = max(supervised, int(np.add.reduceat(rows.trained[places], starts).max()))
+            batches, count = self.batches(rows, epoch), 0
+            while some := list(itertools.islice(batches, at_a_time)):
+                sizes = [len(places) for places in some]
+                starts = np.cumsum([0, *sizes[:-1]])
+                met = rows.take(np.concatenate(some))
+                lengths = met.lengths
+                most_rows = max(most_rows, *sizes)
+                tokens = max(tokens, int(np.add.reduceat(lengths, starts).max()))
+                supervised = max(supervised, int(np.add.reduceat(met.trained, starts).max()))
+                longest = max(longest, int(lengths.max()))
+                count += len(some)
         return BatchShape(
             rows=most_rows,
             tokens=tokens,
-            longest_row=int(lengths.max()),
+            longest_row=longest,
             supervised=supervised,
             batches=min(self.grad_accum, count),
         )
+
+    def _grouped(self, units: _Places, first: int) -> Iterator[_Places]:
+        starts = range(first * self.batch_size, len(units), self.batch_size)
+        return (units[start : start + self.batch_size] for start in starts)
 
 
 def total_steps(per_epoch: int, spec: TrainingSpec) -> int:

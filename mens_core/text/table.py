@@ -1,6 +1,8 @@
 """A file's rows as tokens, with what is needed to choose among them: built once, kept in memory or on disk.
 
-rows ─▶ rendered ─▶ tokenised, a thousand at a time, beside the reading of the next ─▶ flat arrays
+rows ─▶ rendered ─▶ tokenised, a thousand at a time, beside the reading of the next ─▶ columns
+
+Columns are written as they come, so that making them takes no more memory for many rows than for few.
 """
 
 from __future__ import annotations
@@ -8,11 +10,10 @@ from __future__ import annotations
 import gc
 import io
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
 import attrs
 import numpy as np
@@ -24,10 +25,32 @@ from mens_core.corpus.row import Row
 from mens_core.text.encode import Encoder
 from mens_core.text.tokens import TokenRows
 
-__all__ = ["NO_RATING", "UNUSABLE_RATING", "Columns", "RowTable", "Supervision", "table_in_memory", "write_tokens"]
+__all__ = [
+    "COLUMNS",
+    "NO_RATING",
+    "UNUSABLE_RATING",
+    "Columns",
+    "RowTable",
+    "Supervision",
+    "table_in_memory",
+    "table_of",
+    "write_columns",
+]
 
 #: Stand in the column of ratings for a row without one, and for one whose rating is no number from 1 to 5.
 NO_RATING, UNUSABLE_RATING = 0.0, -1.0
+
+#: What a table consists of: a number for each token, for each row's beginning and the last one's end, for each row.
+COLUMNS: Mapping[str, np.dtype[Any]] = {
+    "tokens": np.dtype(np.int32),
+    "mask": np.dtype(np.bool_),
+    "offsets": np.dtype(np.int64),
+    "trained": np.dtype(np.int64),
+    "lines": np.dtype(np.int64),
+    "source": np.dtype(np.int32),
+    "ratings": np.dtype(np.float32),
+    "context": np.dtype(np.int32),
+}
 
 _ROWS_AT_A_TIME, _CHARACTERS_AT_A_TIME = 1024, 1 << 20
 _PLACE = re.compile("[/:]")
@@ -101,45 +124,59 @@ class RowTable:
 
 def table_in_memory(rows: Iterable[Row], encoder: Encoder, supervision: Supervision, faults: Faults) -> RowTable:
     """Encode rows; those that cannot be rendered or encoded are booked in ``faults``."""
-    ids, mask = io.BytesIO(), io.BytesIO()
-    lengths, trained, columns = write_tokens(rows, encoder, supervision, faults, ids, mask)
-    tokens, marks = np.frombuffer(ids.getvalue(), np.int32), np.frombuffer(mask.getvalue(), np.bool_)
-    return RowTable(TokenRows.laid_out(tokens, marks, lengths, trained), columns, faults)
+    files = {name: io.BytesIO() for name in COLUMNS}
+    names = write_columns(rows, encoder, supervision, faults, files)
+    return table_of({name: np.frombuffer(files[name].getvalue(), COLUMNS[name]) for name in COLUMNS}, *names, faults)
 
 
-def write_tokens(
+def table_of(
+    columns: Mapping[str, NDArray[Any]], sources: Sequence[str], contexts: Sequence[str], faults: Faults
+) -> RowTable:
+    """The table that these columns are, in memory or mapped; nothing of them is copied."""
+    offsets = columns["offsets"]
+    rows = TokenRows(columns["tokens"], columns["mask"], offsets[:-1], offsets[1:], columns["trained"])
+    told = {name: columns[name] for name in ("lines", "source", "ratings", "context")}
+    return RowTable(rows, Columns(sources=sources, contexts=contexts, **told), faults)
+
+
+def write_columns(
     rows: Iterable[Row],
     encoder: Encoder,
     supervision: Supervision,
     faults: Faults,
-    ids: IO[bytes],
-    mask: IO[bytes],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], Columns]:
-    """Encode rows into two files.
+    files: Mapping[str, IO[bytes]],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Encode rows into files.
 
     Args:
         rows: from ``corpus.rows``.
         encoder: of the model.
         supervision: what is trained on.
         faults: where rows are booked that cannot be rendered or encoded.
-        ids: takes int32.
-        mask: takes one byte a token, 0 or 1.
+        files: one for each of ``COLUMNS``.
 
     Returns:
-        (tokens of each row, supervised tokens of each row without its first, columns).
+        (names of sources, what contexts say), each once.
     """
-    lengths: list[NDArray[np.int64]] = []
-    trained: list[NDArray[np.int64]] = []
-    columns = _Growing()
+    sources: dict[str, int] = {}
+    contexts: dict[str, int] = {}
+    end = 0
+    files["offsets"].write(bytes(COLUMNS["offsets"].itemsize))
     for some, tokens in _encoded(rows, encoder, supervision, faults):
-        ids.write(tokens.input_ids.data)
-        mask.write(tokens.supervised.data)
-        lengths.append(tokens.lengths)
-        trained.append(tokens.trained)
-        for row in some:
-            columns.add(row)
-    none = np.zeros(0, np.int64)
-    return np.concatenate([none, *lengths]), np.concatenate([none, *trained]), columns.done()
+        told = {
+            "tokens": tokens.input_ids,
+            "mask": tokens.supervised,
+            "offsets": end + tokens.ends,
+            "trained": tokens.trained,
+            "lines": [row.line for row in some],
+            "source": [sources.setdefault(_group(row.source), len(sources)) for row in some],
+            "ratings": [_rating(row.metadata.get("rating")) for row in some],
+            "context": [contexts.setdefault(_context(row.metadata), len(contexts)) for row in some],
+        }
+        for name, dtype in COLUMNS.items():
+            files[name].write(np.asarray(told[name], dtype).data)
+        end += len(tokens.input_ids)
+    return tuple(sources), tuple(contexts)
 
 
 def _encoded(
@@ -212,37 +249,13 @@ def _suffixes(tokens: TokenRows, most: int) -> TokenRows:
     return TokenRows.laid_out(tokens.input_ids, supervised, tokens.lengths)
 
 
-class _Growing:
-    """Columns while rows are added; texts that come again are kept once."""
-
-    def __init__(self) -> None:
-        self._lines, self._ratings = array("q"), array("f")
-        self._source, self._context = array("i"), array("i")
-        self._sources: dict[str, int] = {}
-        self._contexts: dict[str, int] = {}
-
-    def add(self, row: Row) -> None:
-        metadata = row.metadata
-        self._lines.append(row.line)
-        self._ratings.append(_rating(metadata.get("rating")))
-        self._source.append(self._sources.setdefault(_group(row.source), len(self._sources)))
-        said = "".join([f"{metadata.get(key) or ''}\n" for key in _SEARCHED]).lower() if metadata else _SAYS_NOTHING
-        self._context.append(self._contexts.setdefault(said, len(self._contexts)))
-
-    def done(self) -> Columns:
-        return Columns(
-            lines=np.frombuffer(self._lines, np.int64),
-            sources=tuple(self._sources),
-            source=np.frombuffer(self._source, np.int32),
-            ratings=np.frombuffer(self._ratings, np.float32),
-            contexts=tuple(self._contexts),
-            context=np.frombuffer(self._context, np.int32),
-        )
-
-
 def _group(source: str) -> str:
     """What rows are counted by: the project or kind in front of the place that a row's source names."""
     return _PLACE.split(source, maxsplit=1)[0] or _UNNAMED
+
+
+def _context(metadata: Mapping[str, Any]) -> str:
+    return "".join([f"{metadata.get(key) or ''}\n" for key in _SEARCHED]).lower() if metadata else _SAYS_NOTHING
 
 
 def _rating(rating: object) -> float:

@@ -7,14 +7,17 @@ spans        [0,4) [4,7) …        a row is a span; cutting a row moves its end
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import attrs
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["TokenRow", "TokenRows"]
+
+# What is made of a row's numbers exists for so many rows at a time.
+_ROWS_AT_A_TIME = 1 << 16
 
 
 @attrs.frozen(eq=False)
@@ -77,8 +80,13 @@ class TokenRows(Sequence[TokenRow]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(rows,) tokens of each row."""
+        """(rows,) int64, tokens of each row; made anew every time."""
         return self.ends - self.starts
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return int(self.ends.sum() - self.starts.sum())
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -91,13 +99,19 @@ class TokenRows(Sequence[TokenRow]):
 
     def __getitem__(self, place: int | slice) -> TokenRow | TokenRows:
         if isinstance(place, slice):
-            return self.take(np.arange(len(self))[place])
+            return attrs.evolve(self, starts=self.starts[place], ends=self.ends[place], trained=self.trained[place])
         start, end = self.starts[place], self.ends[place]
         return TokenRow(self.input_ids[start:end], self.supervised[start:end])
 
-    def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> TokenRows:
+    def take(self, places: NDArray[np.integer[Any]] | NDArray[np.bool_]) -> TokenRows:
         """The rows at these places, or where this is true; no token is copied."""
         return TokenRows(self.input_ids, self.supervised, self.starts[places], self.ends[places], self.trained[places])
+
+    def parts(self) -> Iterator[tuple[slice, TokenRows]]:
+        """All rows, in order, some at a time: (their places, the rows)."""
+        for start in range(0, len(self), _ROWS_AT_A_TIME):
+            place = slice(start, start + _ROWS_AT_A_TIME)
+            yield place, self[place]
 
     def cut(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> TokenRows:
         """The rows with these spans instead; their supervised tokens are counted anew."""

@@ -27,7 +27,7 @@ def workload(rows: TokenRows, contract: FineTuneContract, *, num_rows: int, sour
     batching, spec = Batching.of(contract), contract.training
     lengths = rows.lengths.astype(np.float64)
     drawn = rows if len(rows) >= num_rows else rows.take(np.arange(min(num_rows, _ROWS_DRAWN)) % len(rows))
-    batches = -(-batching.count(drawn.lengths) * num_rows // len(drawn))
+    batches = -(-batching.count(drawn) * num_rows // len(drawn))
     per_epoch = -(-batches // spec.grad_accum)
     rows_a_step = num_rows / per_epoch
     return Workload(

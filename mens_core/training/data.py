@@ -56,7 +56,7 @@ class ReadRows:
         lost = self.ledger.total
         return {
             "rows": len(self.rows),
-            "tokens": int(self.rows.lengths.sum()),
+            "tokens": self.rows.tokens,
             "supervised_tokens": int(self.rows.trained.sum()),
             "rows_dropped_faulty": sum(self.skipped.values()),
             "rows_dropped_rating": self.rows_dropped_rating,
@@ -236,6 +236,8 @@ def choose(table: RowTable, data: DataSpec) -> tuple[RowTable, dict[str, int]]:
     Raises:
         DataError: if no row is left, or ratings that are to choose cannot be used.
     """
+    if data.min_rating is None and data.context_filter is None and len(table.rows):
+        return table, {"rows_dropped_rating": 0, "rows_dropped_filter": 0}
     columns = table.columns
     low = np.zeros(len(table.rows), np.bool_)
     if data.min_rating is not None:

@@ -52,7 +52,7 @@ def train(
         TrainingError: if a guard ends the run, such as for a loss that is not finite.
     """
     spec, batching = contract.training, Batching.of(contract)
-    per_epoch = batching.steps(rows.lengths)
+    per_epoch = batching.steps(rows)
     total = total_steps(per_epoch, spec)
     warmup = warmup_for(total, spec.warmup_steps)
     pending = None

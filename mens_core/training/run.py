@@ -223,7 +223,7 @@ def _train(run: _Run, telemetry: Telemetry, judge: Judge) -> tuple[dict[str, Any
             saver=saver,
             stop=run.stop,
             total=_steps(plan, run.rows),
-            per_epoch=batching.steps(run.rows.rows.lengths),
+            per_epoch=batching.steps(run.rows.rows),
             began=run.began,
             origin=run.origin,
         )
@@ -303,7 +303,7 @@ def _results(run: _Run, between: BetweenSteps, adapter_step: int) -> dict[str, A
 
 
 def _steps(plan: ExecutionPlan, rows: ReadRows) -> int:
-    return total_steps(Batching.of(plan.contract).steps(rows.rows.lengths), plan.contract.training)
+    return total_steps(Batching.of(plan.contract).steps(rows.rows), plan.contract.training)
 
 
 def _start(plan: ExecutionPlan, opened: TrainingState) -> TrainingState:

@@ -87,7 +87,7 @@ def test_other_content_and_other_supervision_are_other_rows(folder, rows):
     assert len(list(folder.iterdir())) == 3
 
 
-@pytest.mark.parametrize("file", ["tokens.i32", "table.json", "index.npz"])
+@pytest.mark.parametrize("file", ["tokens.i4", "mask.b1", "offsets.i8", "context.i4", "table.json"])
 def test_what_was_damaged_is_made_anew(folder, rows, file):
     before = [row.input_ids.tolist() for row in table(rows).rows]
     (entry,) = folder.iterdir()

@@ -17,6 +17,7 @@ from mens_core.exchange import TrainingState
 from mens_core.hf.keymap import linear_shapes
 from mens_core.hf.layout import GRAPHS, read_layout
 from mens_core.sections import AdapterSpec
+from mens_core.text import tokens
 from mens_core.text.encode import Encoder
 from mens_core.text.lab import TURN_END_ID, lab_tokenizer
 from mens_core.text.tokens import TokenRow, TokenRows
@@ -151,15 +152,17 @@ def test_ids_are_inside_the_vocabulary():
     assert not before.ids_in_vocabulary(_rows(([-1, 2], [0, 1])), 9).passed
 
 
-@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=9), st.integers(1, 4))
-def test_tables_are_read_piece_by_piece_as_in_one(rows, at_once):
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_tables_are_read_piece_by_piece_as_in_one(rows, at_once, rows_at_a_time):
     laid = _rows(*((ids, [True] * len(ids)) for ids in rows))
-    limit = before._AT_ONCE
-    try:
-        before._AT_ONCE = at_once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(before, "_AT_ONCE", at_once)
+        patch.setattr(tokens, "_ROWS_AT_A_TIME", rows_at_a_time)
         found = before.ids_in_vocabulary(laid, 4).numbers["rows_outside"]
-    finally:
-        before._AT_ONCE = limit
     assert found == sum(max(ids) >= 4 for ids in rows)
 
 

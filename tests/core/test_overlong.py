@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mens_core.errors import DataError
+from mens_core.text import tokens
 from mens_core.text.overlong import Loss, fit_rows
 from mens_core.text.tokens import TokenRow, TokenRows
 
@@ -94,3 +95,33 @@ def test_the_ledger_names_the_sources_that_lose_and_adds_up_the_many():
 def test_no_row_left_is_an_error_that_says_why():
     with pytest.raises(DataError, match="1 rows: 1 longer than 4 tokens, 0 unsupervised"):
         fit(laid_out([[True] * 9]), 4, "drop")
+
+
+@given(
+    rows_of_marks,
+    st.integers(2, 20),
+    st.sampled_from(["drop", "truncate", "split"]),
+    st.integers(1, 5),
+    st.integers(1, 3),
+)
+def test_it_does_not_matter_how_many_rows_are_looked_at_at_a_time(marks, seq_len, policy, at_a_time, sources):
+    rows = laid_out(marks)
+    named, groups = tuple("abc"[:sources]), [place % sources for place in range(len(marks))]
+
+    def fitted():
+        try:
+            kept, ledger = fit(rows, seq_len, policy, groups=groups, sources=named)
+        except DataError as error:
+            return str(error)
+        return [row.input_ids.tolist() for row in kept], kept.trained.tolist(), ledger
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_once = fitted()
+        patch.setattr(tokens, "_ROWS_AT_A_TIME", at_a_time)
+        assert fitted() == at_once
+
+
+def test_rows_that_all_fit_are_not_copied():
+    rows = laid_out([[True] * 3] * 4)
+    assert fit(rows, 8, "drop")[0] is rows
+    assert fit(rows, 2, "truncate")[0] is not rows

@@ -1,11 +1,14 @@
 """Packing: every row once in an epoch, none beside its own kind's limits, in an order that only the seed decides."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mens_core.exchange import IGNORE
+from mens_core.text.overlong import fit_rows
 from mens_core.text.pack import Batching, best_fit, epoch_order, pack
 from mens_core.text.tokens import TokenRow, TokenRows
 
@@ -44,7 +47,7 @@ def test_an_epoch_meets_every_row_once_and_no_batch_exceeds_the_stated_shape(
     shape = batching.shape(rows, 2)
     for epoch in range(2):
         seen = list(batching.windows(rows, epoch))
-        assert len(seen) == batching.steps(rows.lengths)
+        assert len(seen) == batching.steps(rows)
         met = [int(length) for window in seen for batch in window for length in batch.row_lengths]
         assert sorted(met) == sorted(length for length, _ in sizes)
         for window in seen:
@@ -82,12 +85,44 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 def test_bins_mix_other_rows_in_every_epoch():
-    sizes = np.full(40, 5)
+    rows = TokenRows.of([_row(5, 1)] * 40)
     batching = Batching(batch_size=1, grad_accum=1, seed=0, bin_tokens=10)
-    first, second = ({frozenset(places.tolist()) for places in batching.batches(sizes, epoch)} for epoch in (0, 1))
+    first, second = ({frozenset(places.tolist()) for places in batching.batches(rows, epoch)} for epoch in (0, 1))
     assert first != second
 
 
 def test_no_row_is_no_batch():
     with pytest.raises(ValueError, match="at least one row"):
         pack(TokenRows.of([]))
+
+
+def test_many_rows_take_four_bytes_each():
+    """An epoch's order, and nothing else that grows: what is made of rows exists for some at a time."""
+    # As a mapped column takes none.
+    sources = np.zeros(1 << 19, np.int32)
+
+    def prepared(rows):
+        fitted, _ = fit_rows(rows, sources, ("one",), seq_len=8, policy="drop")
+        batching = Batching(batch_size=64, grad_accum=1, seed=0)
+        assert batching.shape(fitted, 1).tokens == 128
+        assert len(next(batching.windows(fitted, 0))[0].row_lengths) == 64
+
+    few, many = 1 << 18, 1 << 19
+    growth = (_peak(prepared, many) - _peak(prepared, few)) / (many - few)
+    assert growth < 4.5
+    twin = (_peak(lambda rows: rows.lengths, many) - _peak(lambda rows: rows.lengths, few)) / (many - few)
+    assert twin > 7, "the twin: eight bytes a row are seen"
+
+
+def _peak(work, count):
+    """Bytes that the work takes at most, of so many rows of two tokens."""
+    offsets = np.arange(0, 2 * count + 1, 2)
+    rows = TokenRows(
+        np.zeros(2 * count, np.int32), np.ones(2 * count, bool), offsets[:-1], offsets[1:], np.ones(count, np.int64)
+    )
+    tracemalloc.start()
+    try:
+        work(rows)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -196,12 +196,15 @@ def _rows_having(
     first: int = 0,
 ) -> NDArray[np.bool_]:
     """(rows,) whether a row holds such a token, from its ``first`` on; reads the tables once, piece by piece."""
-    found = [np.zeros(0, np.int64)]
-    for start in range(0, len(rows.input_ids), _AT_ONCE):
-        piece = slice(start, start + _AT_ONCE)
-        found.append(start + np.flatnonzero(holds(rows.input_ids[piece], rows.supervised[piece])))
-    places = np.concatenate(found)
-    return np.searchsorted(places, rows.ends) > np.searchsorted(places, rows.starts + first)
+    having = np.zeros(len(rows), np.bool_)
+    for place, part in rows.parts():
+        found = [np.zeros(0, np.int64)]
+        for start in range(part.starts[0], part.ends[-1], _AT_ONCE):
+            piece = slice(start, min(start + _AT_ONCE, part.ends[-1]))
+            found.append(start + np.flatnonzero(holds(rows.input_ids[piece], rows.supervised[piece])))
+        places = np.concatenate(found)
+        having[place] = np.searchsorted(places, part.ends) > np.searchsorted(places, part.starts + first)
+    return having
 
 
 def _spells(trained: NDArray[np.int32], encoder: Encoder, tags: list[str]) -> bool:

@@ -55,7 +55,7 @@ class Gate:
             TrainingError: naming the guard that failed.
         """
         spec = self.plan.contract.training
-        total = total_steps(Batching.of(self.plan.contract).steps(self.rows.lengths), spec)
+        total = total_steps(Batching.of(self.plan.contract).steps(self.rows), spec)
         warmup = warmup_for(total, spec.warmup_steps)
         rates = (
             learning_rate(step, schedule=spec.schedule, peak=spec.learning_rate, warmup_steps=warmup, total_steps=total)
