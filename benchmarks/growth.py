@@ -147,7 +147,7 @@ def draw(rows: dict[int, dict[str, float]], windows: dict[int, list[float]], pic
     memory_axis.plot(list(rows), [found["run_mib"] for found in rows.values()], "o-", label="a run, all of it")
     memory_axis.plot(list(rows), [found["mib"] for found in rows.values()], "o-", label="data, above the imports")
     memory_axis.set(title="MiB of private memory", xlabel="rows", xscale="log")
-    memory_axis.legend(fontsize="small")
+    memory_axis.legend(fontsize="small", loc="center right")
     per_token = [1e6 * statistics.median(seconds) / size / 32 for size, seconds in windows.items()]
     window_axis.plot(list(windows), per_token, "o-")
     window_axis.set(title="Training: CPU µs a token", xlabel="batches a window", xscale="log")
