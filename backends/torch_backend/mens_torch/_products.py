@@ -63,7 +63,10 @@ def product(left: Array, right: Array) -> Array:
 
 
 def _goes_to_onednn(x: Array, out: int) -> bool:
-    return x.dtype == torch.float32 and x.numel() * out >= _MANY and x.device.type == "cpu" and _held_back()
+    size = x.numel()
+    # The cheapest first: a token at a time has too few rows for a piece.
+    enough = size >= _ROWS[-1] * x.shape[-1] and size * out >= _MANY
+    return enough and x.dtype == torch.float32 and x.device.type == "cpu" and _held_back()
 
 
 def _write(out: Array, x: Array, weight: Array, bias: Array | None) -> None:
