@@ -131,14 +131,14 @@ def test_an_unknown_observer_is_refused_with_the_nearest_before_anything_is_read
 
 
 def test_an_observer_whose_library_is_missing_is_refused_with_the_line_that_brings_it(monkeypatch, tmp_path, capsys):
-    version = importlib.metadata.version
+    found = importlib.metadata.distribution
 
     def without(name):
         if name == "wandb":
             raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
+        return found(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", without)
+    monkeypatch.setattr(importlib.metadata, "distribution", without)
     assert main(["plan", "--data-dir", "absent", "--output-dir", str(tmp_path), "--report-to", "wandb"]) == 2
     printed = capsys.readouterr().err
     assert "observer 'wandb' needs wandb" in printed
