@@ -40,7 +40,8 @@ __all__ = [
 #: Stand in the column of ratings for a row without one, and for one whose rating is no number from 1 to 5.
 NO_RATING, UNUSABLE_RATING = 0.0, -1.0
 
-#: What a table consists of: a number for each token, for each row's beginning and the last one's end, for each row.
+#: What a table consists of. ``tokens`` and ``mask`` have a number for each token, ``offsets`` one for where each row
+#: begins and one for where the last ends, the others one for each row.
 COLUMNS: Mapping[str, np.dtype[Any]] = {
     "tokens": np.dtype(np.int32),
     "mask": np.dtype(np.bool_),
