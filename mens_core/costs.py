@@ -36,8 +36,9 @@ __all__ = [
     "whole_parameters",
 ]
 
-# Four of an id and one of its mask, mapped from disk; a row's places, counts and order.
-_BYTES_A_TOKEN, _BYTES_A_ROW = 5, 100
+# Four of an id and one of its mask; eight of where a row begins, eight of a count, four of its source, all of it mapped
+# from disk, and four of its place in an epoch's order.
+_BYTES_A_TOKEN, _BYTES_A_ROW = 5, 24
 
 COSTS = (
     "products",
@@ -119,7 +120,7 @@ def standing_memory(layout: Layout, weights: BaseWeights, contract: FineTuneCont
 
 
 def rows_memory(workload: Workload) -> int:
-    """Bytes of host memory that the rows take once all have been looked at: mapped ids and masks, and an index."""
+    """Bytes of host memory that the rows take once all have been looked at."""
     return int(workload.rows * (_BYTES_A_ROW + _BYTES_A_TOKEN * workload.row_tokens))
 
 
