@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,32 @@ def test_writing_again_replaces_what_was_there(tmp_path: Path) -> None:
     lab.write_lab_tokenizer(tmp_path, max_length_tokens=8)
     lab.write_lab_tokenizer(tmp_path, max_length_tokens=16)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 16
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_texts_are_not_kept_once_they_are_encoded() -> None:
+    code = """
+import sys
+from pathlib import Path
+from mens_core.text.lab import lab_tokenizer
+
+def private():
+    told = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(told.split("RssAnon:")[1].split()[0]) / 1024
+
+tokenizer = lab_tokenizer()
+if sys.argv[1] == "kept":
+    tokenizer.model = type(tokenizer.model)(vocab=tokenizer.get_vocab(with_added_tokens=False), merges=[])
+tokenizer.encode("a")
+before = private()
+for start in range(10_000, 20_000, 100):
+    tokenizer.encode_batch_fast([f"{place}" * 48 for place in range(start, start + 100)])
+print(private() - before)
+"""
+    grown = {
+        way: float(subprocess.run([sys.executable, "-c", code, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("as it is", "kept")
+    }
+    # A hundred texts at a time take little; ten thousand that are kept take 24 bytes a letter and more.
+    assert grown["as it is"] < 20
+    assert grown["kept"] > 40, "the twin"
