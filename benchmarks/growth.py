@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -70,8 +71,6 @@ def of_rows(count: int) -> dict[str, float]:
     from mens_core.text.pack import Batching
 
     with tempfile.TemporaryDirectory() as scratch:
-        import os
-
         os.environ["XDG_CACHE_HOME"] = scratch
         folder = Path(scratch)
         data_pipeline.write_tokenizer(folder)
@@ -99,8 +98,6 @@ def of_run(count: int) -> float:
     from mens_core import Planner
 
     with tempfile.TemporaryDirectory() as scratch:
-        import os
-
         os.environ["XDG_CACHE_HOME"] = scratch
         folder = Path(scratch)
         model = overhead.write(folder / "model")

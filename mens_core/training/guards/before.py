@@ -198,9 +198,9 @@ def _rows_having(
     """(rows,) whether a row holds such a token, from its ``first`` on; reads the tables once, piece by piece."""
     having = np.zeros(len(rows), np.bool_)
     for place, part in rows.parts():
-        found = [np.zeros(0, np.int64)]
-        for start in range(part.starts[0], part.ends[-1], _AT_ONCE):
-            piece = slice(start, min(start + _AT_ONCE, part.ends[-1]))
+        found, end = [np.zeros(0, np.int64)], part.ends.max()
+        for start in range(part.starts.min(), end, _AT_ONCE):
+            piece = slice(start, min(start + _AT_ONCE, end))
             found.append(start + np.flatnonzero(holds(rows.input_ids[piece], rows.supervised[piece])))
         places = np.concatenate(found)
         having[place] = np.searchsorted(places, part.ends) > np.searchsorted(places, part.starts + first)
