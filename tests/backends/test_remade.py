@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mens_torch import _heap, _remade, lora
+from mens_torch import _adapted, _heap, _remade
 
 from mens_core.exchange import TrainingState
 from mens_core.plugins import load_backend
@@ -42,12 +42,12 @@ def test_gradients_have_the_bits_of_those_from_kept_inputs(folders, monkeypatch,
         return origin
 
     with monkeypatch.context() as context:
-        context.setattr(lora, "origin_of", told)
+        context.setattr(_adapted, "origin_of", told)
         again = _moments(folders["gpt2"], fields)
     norm = "ParametrizedLayerNorm" if "modules_to_save" in fields else "LayerNorm"
     assert made >= {norm, "NoneType"}, "norms and attention are made again"
     assert ("GELU" in made) == (fields.get("dtype") != "bfloat16")
-    monkeypatch.setattr(lora, "origin_of", lambda _tensor: None)
+    monkeypatch.setattr(_adapted, "origin_of", lambda _tensor: None)
     kept = _moments(folders["gpt2"], fields)
     assert set(again) == set(kept)
     assert all(array.tobytes() == kept[name].tobytes() for name, array in again.items())

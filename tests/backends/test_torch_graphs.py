@@ -469,8 +469,8 @@ def test_what_numba_is_told_to_do_without_is_not_used(told, tmp_path):
 
 
 def test_weights_brought_back_one_after_the_other_share_their_memory():
+    from mens_torch._adapted import _dense
     from mens_torch._scratch import scratch
-    from mens_torch.lora import _dense
     from mens_torch.quant import dequantize, quantize
 
     generator = torch.Generator().manual_seed(0)

@@ -55,11 +55,20 @@ def linear_into(out: Array, x: Array, weight: Array) -> Array:
     return out
 
 
-def product(left: Array, right: Array) -> Array:
-    """(n, k) (k, m), without a gradient; k and m are a weight's, n is any."""
-    if _goes_to_onednn(left, right.shape[1]):
+def product(left: Array, right: Array, out: Array | None = None) -> Array:
+    """(n, k) (k, m), without a gradient; k and m are a weight's, n is any.
+
+    Args:
+        left: (n, k).
+        right: (k, m), in its format.
+        out: (n, m) to add it to, which is then returned.
+    """
+    if not _goes_to_onednn(left, right.shape[1]):
+        return torch.mm(left, right) if out is None else out.addmm_(left, right)
+    if out is None:
         return linear(left, right.t())
-    return torch.mm(left, right)
+    _write(out, left, right.t(), None, add=True)
+    return out
 
 
 def _goes_to_onednn(x: Array, out: int) -> bool:
@@ -69,17 +78,20 @@ def _goes_to_onednn(x: Array, out: int) -> bool:
     return enough and x.dtype == torch.float32 and x.device.type == "cpu" and _held_back()
 
 
-def _write(out: Array, x: Array, weight: Array, bias: Array | None) -> None:
+def _write(out: Array, x: Array, weight: Array, bias: Array | None, *, add: bool = False) -> None:
     done = 0
     for rows in _pieces(len(x), weight.numel()):
         for start in range(0, len(weight), _COLUMNS):
             columns = slice(start, start + _COLUMNS)
             made = _by_onednn(x[done : done + rows], weight[columns], None if bias is None else bias[columns])
-            out[done : done + rows, columns].copy_(made)
+            place = out[done : done + rows, columns]
+            place.add_(made) if add else place.copy_(made)
         done += rows
     if done == len(x):
         return
-    if bias is None:
+    if add:
+        out[done:].addmm_(x[done:], weight.t())
+    elif bias is None:
         torch.mm(x[done:], weight.t(), out=out[done:])
     else:
         torch.addmm(bias, x[done:], weight.t(), out=out[done:])

@@ -34,6 +34,7 @@ from mens_torch._checkpointing import checkpoint_layers
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch._pages import MappedFiles
 from mens_torch._remade import remember_outputs
+from mens_torch._siblings import joined
 from mens_torch._whole import train_whole
 from mens_torch.dropout import Dropout
 from mens_torch.lora import LoraLinear, select_targets
@@ -221,7 +222,8 @@ def _prove(model: Model, plan: ExecutionPlan) -> None:
         (torch.arange(start, start + length) * 7919 % vocabulary).to(model.device) for start, length in _PROBE
     )
     with torch.no_grad():
-        alone = model.decoder(input_ids=middle[None], use_cache=False)[0]
+        with joined(module for module in model.network.modules() if isinstance(module, LoraLinear)):
+            alone = model.decoder(input_ids=middle[None], use_cache=False)[0]
         if model.decoder is not model.network and model.head is not None:
             own = model.network(input_ids=middle[None], use_cache=False).logits
             # Exact, because a capped or scaled logit may differ by less than any tolerance on these tokens.
