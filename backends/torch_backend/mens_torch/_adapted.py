@@ -10,9 +10,10 @@
           ▼                        ▼
           x Wᵀ + b    +    s · (x Aᵀ) Bᵀ     =  y (T, out)
 
-With dy the gradient of y and u = s · dy B:  dA = uᵀ x,  dB = s · dyᵀ (x Aᵀ),  dx = Σ dy W + u A, over all that read x.
+With dy the gradient of y and u = dy B:  dA = s · uᵀ x,  dB = s · dyᵀ (x Aᵀ),  dx = Σ dy W + s · u A, summed over all
+that read x. What has x on its one side is computed for all of them at once: x Aᵀ, dA and the sum of u A.
 Under dropout with probability p and mask m of zeros and ones, m ⊙ x takes the place of x on the right-hand branch and
-s / (1 - p) that of s: then dx = Σ dy W + m ⊙ (u A).
+s / (1 - p) that of s: then dx = dy W + m ⊙ (s · u A).
 Only x, or what it can be made from again (``_remade``), and each x Aᵀ are kept for the backward pass; an NF4 weight is
 brought back twice and never kept.
 """
@@ -32,90 +33,109 @@ from mens_torch._scratch import scratch
 from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight, dequantize
 
-__all__ = ["Adapted", "adapted", "all_adapted"]
+__all__ = ["Adapted", "adapted"]
 
 
 class Adapted(NamedTuple):
-    """A linear with its update, for one call.
+    """A linear and its update.
 
     Attributes:
         weight: W, (out, in).
         bias: b, (out,), or None.
         lora_a: A, (R, in) float32; R may be 0.
         lora_b: B, (out, R) float32.
-        scale: s.
-        dropout: of the update's input, or None.
     """
 
     weight: Array | NF4Weight
     bias: Array | None
     lora_a: Array
     lora_b: Array
-    scale: float
-    dropout: Dropout | None
-
-    @property
-    def rescaled(self) -> float:
-        """S / (1 - p): the factor goes where it costs nothing and is not rounded to the format of x."""
-        return self.scale if self.dropout is None else self.scale / (1.0 - self.dropout.probability)
 
 
-def adapted(x: Array, layer: Adapted) -> Array:
-    """Y (..., out) of x (..., in), in its format, without a gradient."""
-    return _computed(x, layer)[0]
+def adapted(x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout | None) -> tuple[Array, ...]:
+    """Y of each layer, by one node of the graph where gradients are asked for.
 
+    Args:
+        x: (..., in).
+        layers: one or more.
+        scale: s, of all of them.
+        dropout: of what enters their updates, or None.
 
-def all_adapted(x: Array, layers: Sequence[Adapted]) -> tuple[Array, ...]:
-    """Y of each layer, by one node of the graph."""
+    Returns:
+        (..., out) of each, in the format of x.
+    """
+    if not torch.is_grad_enabled():
+        # A token at a time, a node that nobody asks for slopes would be a thirtieth of the work.
+        return _computed(x, layers, scale, dropout)[0]
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
-    ys: tuple[Array, ...] = _node(x, layers, origin_of(x), *factors)  # type: ignore[no-untyped-call]
+    ys: tuple[Array, ...] = _node(x, layers, scale, dropout, origin_of(x), *factors)  # type: ignore[no-untyped-call]
     return ys
 
 
-def _computed(x: Array, layer: Adapted) -> tuple[Array, Array | None]:
-    """(y, x Aᵀ of all positions in rows); the latter is None where the rank is 0."""
-    y = linear(x, _dense(layer.weight, x.dtype), layer.bias)
-    if not layer.lora_a.shape[0]:
-        return y, None
+def _computed(
+    x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout | None
+) -> tuple[tuple[Array, ...], Array | None]:
+    """(y of each layer, all their x Aᵀ side by side in rows); the latter is None where all ranks are 0."""
+    ys = tuple(linear(x, _dense(layer.weight, x.dtype), layer.bias) for layer in layers)
+    lora_a = _joined([layer.lora_a for layer in layers])
+    if not lora_a.shape[0]:
+        return ys, None
     rows = x.reshape(-1, x.shape[-1])
-    entered = rows if layer.dropout is None else rows * layer.dropout.kept(rows)
-    down = linear(entered, layer.lora_a.to(x.dtype))
-    y.view(-1, y.shape[-1]).addmm_(down, layer.lora_b.to(x.dtype).t(), alpha=layer.rescaled)
-    return y, down
+    entered = rows if dropout is None else rows * dropout.kept(rows)
+    downs = linear(entered, lora_a.to(x.dtype))
+    for y, layer, down in zip(ys, layers, _parts(downs, layers, dim=1), strict=True):
+        y.view(-1, y.shape[-1]).addmm_(down, layer.lora_b.to(x.dtype).t(), alpha=_rescaled(scale, dropout))
+    return ys, downs
 
 
-class _AllAdapted(torch.autograd.Function):
+class _Adapted(torch.autograd.Function):
     """The formula above as one node, so that nothing but its x and x Aᵀ waits for the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Array, layers: Sequence[Adapted], origin: Origin | None, *factors: Array
+        ctx: Any,
+        x: Array,
+        layers: Sequence[Adapted],
+        scale: float,
+        dropout: Dropout | None,
+        origin: Origin | None,
+        *factors: Array,
     ) -> tuple[Array, ...]:
-        ys, downs = zip(*(_computed(x, layer) for layer in layers), strict=True)
-        ctx.layers, ctx.shape = layers, x.shape
-        ctx.make, tensors = origin or (None, (x,))
-        ctx.save_for_backward(*downs, *factors, *(tensors if any(down is not None for down in downs) else ()))
+        ys, downs = _computed(x, layers, scale, dropout)
+        ctx.layers, ctx.scale, ctx.dropout, ctx.shape = layers, _rescaled(scale, dropout), dropout, x.shape
+        ctx.updated = downs is not None
+        if ctx.updated:
+            ctx.make, tensors = origin or (None, (x,))
+            ctx.save_for_backward(downs, *factors, *tensors)
         return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: Array) -> tuple[Array | None, ...]:
-        layers, saved = ctx.layers, iter(ctx.saved_tensors)
-        downs = [next(saved) for _ in layers]
-        factors = [(next(saved), next(saved)) for _ in layers]
-        tensors = tuple(saved)
-        rows = (tensors[0] if ctx.make is None else ctx.make(*tensors)).reshape(-1, ctx.shape[-1]) if tensors else None
+        layers, scale = ctx.layers, ctx.scale
+        dys = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         dx: Array | None = None
-        slopes: list[Array | None] = []
-        for layer, down, pair, grad in zip(layers, downs, factors, grads, strict=True):
-            dy = grad.reshape(-1, grad.shape[-1])
-            if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:
+            for dy, layer in zip(dys, layers, strict=True):
                 dx = product(dy, _dense(layer.weight, dy.dtype), dx)
-            slopes += [None, None] if down is None or rows is None else _slopes(layer, rows, down, pair, dy, dx)
-        return None if dx is None else dx.view(ctx.shape), None, None, *slopes
+        slopes: list[Array | None] = [None] * (2 * len(layers))
+        if ctx.updated:
+            downs, *saved = ctx.saved_tensors
+            # A and B as autograd kept them: it notices if they were written into meanwhile.
+            factors, tensors = saved[: len(slopes)], saved[len(slopes) :]
+            rows = (tensors[0] if ctx.make is None else ctx.make(*tensors)).reshape(-1, ctx.shape[-1])
+            up = _joined([product(dy, b.to(dy.dtype)) for dy, b in zip(dys, factors[1::2], strict=True)], dim=1)
+            kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
+            of_a = _slope(up, rows if kept is None else rows * kept, scale)
+            slopes[0::2] = _parts(of_a, layers, dim=0)
+            slopes[1::2] = [_slope(dy, down, scale) for dy, down in zip(dys, _parts(downs, layers, dim=1), strict=True)]
+            if dx is not None:
+                lora_a = _joined(factors[0::2]).to(up.dtype)
+                _ = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *slopes
 
 
 # Function.apply looks for wrappers of functorch in every argument, a twentieth of a tiny model's step; none comes here.
-_node = super(torch.autograd.Function, _AllAdapted).apply
+_node = super(torch.autograd.Function, _Adapted).apply
 
 
 def _dense(weight: Array | NF4Weight, dtype: torch.dtype) -> Array:
@@ -133,14 +153,18 @@ def _slope(out: Array, entered: Array, scale: float) -> Array:
     return torch.addmm(out.new_empty(()), out.t(), entered, beta=0, alpha=scale).float()
 
 
-def _slopes(
-    layer: Adapted, rows: Array, down: Array, pair: tuple[Array, Array], dy: Array, dx: Array | None
-) -> list[Array]:
-    """[dA, dB]; adds u A to dx, where that is wanted."""
-    # A and B as autograd kept them: it notices if they were written into meanwhile.
-    lora_a, lora_b = (factor.to(dy.dtype) for factor in pair)
-    scale, kept = layer.rescaled, None if layer.dropout is None else layer.dropout.kept(rows)
-    up = product(dy, lora_b)
-    if dx is not None:
-        _ = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
-    return [_slope(up, rows if kept is None else rows * kept, scale), _slope(dy, down, scale)]
+def _rescaled(scale: float, dropout: Dropout | None) -> float:
+    """S / (1 - p): the factor goes where it costs nothing and is not rounded to the format of x."""
+    return scale if dropout is None else scale / (1.0 - dropout.probability)
+
+
+def _joined(tensors: Sequence[Array], dim: int = 0) -> Array:
+    """End to end; one alone without a copy."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _parts(joined: Array, layers: Sequence[Adapted], dim: int) -> Sequence[Array]:
+    """Each layer's R of ΣR."""
+    if len(layers) == 1:
+        return (joined,)
+    return joined.split_with_sizes([layer.lora_a.shape[0] for layer in layers], dim)

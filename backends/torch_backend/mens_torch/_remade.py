@@ -21,6 +21,9 @@ from torch import nn
 
 __all__ = ["Origin", "origin_of", "remember", "remember_outputs"]
 
+# Numbers from which it is worth it: fewer take less memory than is noticed, and longer to make than to keep.
+_MANY = 1 << 16
+
 
 class Origin(NamedTuple):
     """What a tensor was made by, and from what; all of that is kept by others."""
@@ -43,8 +46,8 @@ def remember_outputs(network: Any, dtype: torch.dtype) -> None:
 
 
 def remember(made: Array, origin: Origin) -> None:
-    """Attach to a tensor, and to views of it, what it was made by."""
-    if made.requires_grad:
+    """Attach to a tensor, and to views of it, what it was made by, if it is large."""
+    if made.requires_grad and made.numel() >= _MANY:
         made.mens_origin = made._version, origin  # type: ignore[attr-defined]  # noqa: SLF001
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor as Array
 
-from mens_torch._adapted import all_adapted
+from mens_torch._adapted import adapted
 
 if TYPE_CHECKING:
     from mens_torch.lora import LoraLinear
@@ -30,7 +30,7 @@ class Siblings:
     """Layers that are called with one tensor, each once.
 
     Args:
-        layers: two or more.
+        layers: two or more, of one scale.
     """
 
     def __init__(self, layers: tuple[LoraLinear, ...]) -> None:
@@ -43,7 +43,7 @@ class Siblings:
         given = self._given
         if given is None or given[0] is not x or given[1] != x._version or layer not in self._ready:  # noqa: SLF001
             self._given = x, x._version  # noqa: SLF001 (it has no public reader)
-            outputs = all_adapted(x, [sibling.drawn() for sibling in self.layers])
+            outputs = adapted(x, [sibling.parts() for sibling in self.layers], layer.scale, None)
             self._ready = dict(zip(self.layers, outputs, strict=True))
         y = self._ready.pop(layer)
         if not self._ready:
@@ -69,7 +69,8 @@ def joined(layers: Iterable[LoraLinear]) -> Iterator[None]:
     often = [layer for layer, _ in calls]
     for _, group in groupby(calls, lambda call: id(call[1])):
         together = tuple(layer for layer, _ in group)
-        if len(together) > 1 and all(often.count(layer) == 1 for layer in together):
+        alike = len({layer.scale for layer in together}) == 1
+        if len(together) > 1 and alike and all(often.count(layer) == 1 for layer in together):
             siblings = Siblings(together)
             for layer in together:
                 layer.siblings = siblings

@@ -11,7 +11,7 @@ from torch import Tensor as Array
 from torch import nn
 
 from mens_core.errors import ContractError, ModelError
-from mens_torch._adapted import Adapted, adapted, all_adapted
+from mens_torch._adapted import Adapted, adapted
 from mens_torch._siblings import Siblings
 from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight
@@ -27,7 +27,7 @@ class LoraLinear(nn.Module):
 
     Opens as the identity on the base: A and B are zero. Of rank 0 it is the frozen layer alone. Entries of A's input
     are dropped while ``dropout`` is set, which a training step does for one batch. Layers that were found to read one
-    tensor share their ``siblings``.
+    tensor share ``siblings``; a mask of each one's own sets them apart.
 
     Invariants: weight and bias never change; A and B are float32 whatever the base's format.
 
@@ -40,31 +40,28 @@ class LoraLinear(nn.Module):
 
     def __init__(self, weight: Array | NF4Weight, bias: Array | None, rank: int, scale: float) -> None:
         super().__init__()
-        out, into = weight.shape
+        out, self.in_features = weight.shape
         device = weight.codes.device if isinstance(weight, NF4Weight) else weight.device
         # Not a module attribute called "weight": code that reads it past forward would lose the adapter in silence.
         self.frozen, self.bias, self.rank, self.scale = weight, bias, rank, scale
         self.dropout: Dropout | None = None
         self.siblings: Siblings | None = None
-        self.lora_a = nn.Parameter(torch.zeros(rank, into, device=device), requires_grad=rank > 0)
+        self.lora_a = nn.Parameter(torch.zeros(rank, self.in_features, device=device), requires_grad=rank > 0)
         self.lora_b = nn.Parameter(torch.zeros(out, rank, device=device), requires_grad=rank > 0)
 
     def forward(self, x: Array) -> Array:
         """Map (..., in) to (..., out)."""
-        if not torch.is_grad_enabled():
-            # A token at a time, a node that nobody asks for slopes would be a thirtieth of the work.
-            return adapted(x, self.drawn())
-        if self.siblings is not None:
-            return self.siblings.output(self, x)
-        return all_adapted(x, [self.drawn()])[0]
-
-    def drawn(self) -> Adapted:
-        """What one call computes; under dropout with a mask of its own."""
         dropout = self.dropout
         if dropout is not None:
             # A layer that is called again for the same batch, as for rows that run one at a time, draws another mask.
             self.dropout = dropout.fold("again")
-        return Adapted(self.frozen, self.bias, self.lora_a, self.lora_b, self.scale, dropout)
+        elif self.siblings is not None and torch.is_grad_enabled():
+            return self.siblings.output(self, x)
+        return adapted(x, [self.parts()], self.scale, dropout)[0]
+
+    def parts(self) -> Adapted:
+        """What it computes with."""
+        return Adapted(self.frozen, self.bias, self.lora_a, self.lora_b)
 
 
 def merge(weight: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:

@@ -31,9 +31,11 @@ from mens_core.exchange import NF4Spec
 from mens_core.hf.fit import HEAD
 from mens_core.plan import ExecutionPlan
 from mens_torch._checkpointing import checkpoint_layers
+from mens_torch._gated import fuse_gates
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch._pages import MappedFiles
 from mens_torch._remade import remember_outputs
+from mens_torch._rms_norm import fuse_rms_norms
 from mens_torch._siblings import joined
 from mens_torch._whole import train_whole
 from mens_torch.dropout import Dropout
@@ -98,6 +100,8 @@ def load_model(plan: ExecutionPlan) -> Model:
     if plan.contract.training.gradient_checkpointing:
         checkpoint_layers(network)
     whole = train_whole(network, plan)
+    fuse_gates(network, getattr(torch, plan.dtype))
+    fuse_rms_norms(network, getattr(torch, plan.dtype))
     remember_outputs(network, getattr(torch, plan.dtype))
     head = network.get_output_embeddings()
     model = Model(
