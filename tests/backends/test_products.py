@@ -73,6 +73,19 @@ def test_pieces_too_small_for_it_are_left_to_pytorch(taken, monkeypatch):
     assert [len(rows) for rows, *_ in taken] == [8, 4]
 
 
+def test_a_product_is_added_where_that_is_asked_for(taken, monkeypatch):
+    monkeypatch.setattr(_products, "_COLUMNS", 8)
+    left, right, room = _drawn(13, 33), _drawn(33, 20, seed=1), _drawn(13, 20, seed=2)
+    for rows in ((8, 4, 2, 1), (8,)):
+        monkeypatch.setattr(_products, "_ROWS", rows)
+        out = room.clone()
+        assert product(left, right, out) is out
+        torch.testing.assert_close(out, room + left @ right, rtol=0, atol=1e-5)
+    assert {len(rows) for rows, *_ in taken} == {8, 4, 1}
+    monkeypatch.setattr(_products, "_held_back", lambda: False)
+    assert torch.equal(product(left, right, room.clone()), torch.addmm(room, left, right))
+
+
 def test_what_has_its_place_is_written_there(taken, monkeypatch):
     monkeypatch.setattr(_products, "_COLUMNS", 8)
     x, weight, room = _drawn(9, 33), _drawn(20, 33, seed=1), torch.full((12, 20), 7.0)

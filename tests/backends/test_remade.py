@@ -21,6 +21,12 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _however_few(monkeypatch):
+    """These models are tiny: nothing of theirs would be made again."""
+    monkeypatch.setattr(_remade, "_MANY", 1)
+
+
 def _moments(folder, fields):
     """AdamW's moments after a step on rows of several lengths."""
     backend = load_backend("torch")

@@ -11,7 +11,7 @@
           x Wᵀ + b    +    s · (x Aᵀ) Bᵀ     =  y (T, out)
 
 With dy the gradient of y and u = dy B:  dA = s · uᵀ x,  dB = s · dyᵀ (x Aᵀ),  dx = Σ dy W + s · u A, summed over all
-that read x. What has x on its one side is computed for all of them at once: x Aᵀ, dA and the sum of u A.
+that read x. All their dA are one product, and all their u A another.
 Under dropout with probability p and mask m of zeros and ones, m ⊙ x takes the place of x on the right-hand branch and
 s / (1 - p) that of s: then dx = dy W + m ⊙ (s · u A).
 Only x, or what it can be made from again (``_remade``), and each x Aᵀ are kept for the backward pass; an NF4 weight is
@@ -33,7 +33,7 @@ from mens_torch._scratch import scratch
 from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight, dequantize
 
-__all__ = ["Adapted", "adapted"]
+__all__ = ["Adapted", "adapted", "adapted_alone"]
 
 
 class Adapted(NamedTuple):
@@ -53,7 +53,7 @@ class Adapted(NamedTuple):
 
 
 def adapted(x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout | None) -> tuple[Array, ...]:
-    """Y of each layer, by one node of the graph where gradients are asked for.
+    """Y of each layer, by one node of the graph.
 
     Args:
         x: (..., in).
@@ -64,28 +64,25 @@ def adapted(x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout 
     Returns:
         (..., out) of each, in the format of x.
     """
-    if not torch.is_grad_enabled():
-        # A token at a time, a node that nobody asks for slopes would be a thirtieth of the work.
-        return _computed(x, layers, scale, dropout)[0]
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
     ys: tuple[Array, ...] = _node(x, layers, scale, dropout, origin_of(x), *factors)  # type: ignore[no-untyped-call]
     return ys
 
 
-def _computed(
-    x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout | None
-) -> tuple[tuple[Array, ...], Array | None]:
-    """(y of each layer, all their x Aᵀ side by side in rows); the latter is None where all ranks are 0."""
-    ys = tuple(linear(x, _dense(layer.weight, x.dtype), layer.bias) for layer in layers)
-    lora_a = _joined([layer.lora_a for layer in layers])
-    if not lora_a.shape[0]:
-        return ys, None
-    rows = x.reshape(-1, x.shape[-1])
-    entered = rows if dropout is None else rows * dropout.kept(rows)
-    downs = linear(entered, lora_a.to(x.dtype))
-    for y, layer, down in zip(ys, layers, _parts(downs, layers, dim=1), strict=True):
-        y.view(-1, y.shape[-1]).addmm_(down, layer.lora_b.to(x.dtype).t(), alpha=_rescaled(scale, dropout))
-    return ys, downs
+def adapted_alone(x: Array, layer: Adapted, scale: float) -> Array:
+    """Y of one layer, without dropout and without a gradient: (..., out), every bit as from ``adapted``."""
+    # A token at a time, what the node does besides would be a twentieth of the work.
+    y = linear(x, _dense(layer.weight, x.dtype), layer.bias)
+    if layer.lora_a.shape[0]:
+        _updated(y, x.reshape(-1, x.shape[-1]), layer, scale)
+    return y
+
+
+def _updated(y: Array, entered: Array, layer: Adapted, scale: float) -> Array:
+    """Add s · (x Aᵀ) Bᵀ to y, in place; returns x Aᵀ, (T, R), of x in rows."""
+    down = linear(entered, layer.lora_a.to(y.dtype))
+    y.view(-1, y.shape[-1]).addmm_(down, layer.lora_b.to(y.dtype).t(), alpha=scale)
+    return down
 
 
 class _Adapted(torch.autograd.Function):
@@ -101,12 +98,15 @@ class _Adapted(torch.autograd.Function):
         origin: Origin | None,
         *factors: Array,
     ) -> tuple[Array, ...]:
-        ys, downs = _computed(x, layers, scale, dropout)
+        ys = tuple(linear(x, _dense(layer.weight, x.dtype), layer.bias) for layer in layers)
         ctx.layers, ctx.scale, ctx.dropout, ctx.shape = layers, _rescaled(scale, dropout), dropout, x.shape
-        ctx.updated = downs is not None
+        ctx.updated = any(layer.lora_a.shape[0] for layer in layers)
         if ctx.updated:
+            rows = x.reshape(-1, x.shape[-1])
+            entered = rows if dropout is None else rows * dropout.kept(rows)
+            downs = [_updated(y, entered, layer, ctx.scale) for y, layer in zip(ys, layers, strict=True)]
             ctx.make, tensors = origin or (None, (x,))
-            ctx.save_for_backward(downs, *factors, *tensors)
+            ctx.save_for_backward(*downs, *factors, *tensors)
         return ys
 
     @staticmethod
@@ -119,15 +119,15 @@ class _Adapted(torch.autograd.Function):
                 dx = product(dy, _dense(layer.weight, dy.dtype), dx)
         slopes: list[Array | None] = [None] * (2 * len(layers))
         if ctx.updated:
-            downs, *saved = ctx.saved_tensors
+            count, saved = len(layers), ctx.saved_tensors
             # A and B as autograd kept them: it notices if they were written into meanwhile.
-            factors, tensors = saved[: len(slopes)], saved[len(slopes) :]
+            downs, factors, tensors = saved[:count], saved[count : 3 * count], saved[3 * count :]
             rows = (tensors[0] if ctx.make is None else ctx.make(*tensors)).reshape(-1, ctx.shape[-1])
             up = _joined([product(dy, b.to(dy.dtype)) for dy, b in zip(dys, factors[1::2], strict=True)], dim=1)
             kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
             of_a = _slope(up, rows if kept is None else rows * kept, scale)
-            slopes[0::2] = _parts(of_a, layers, dim=0)
-            slopes[1::2] = [_slope(dy, down, scale) for dy, down in zip(dys, _parts(downs, layers, dim=1), strict=True)]
+            slopes[0::2] = of_a.split_with_sizes([layer.lora_a.shape[0] for layer in layers])
+            slopes[1::2] = [_slope(dy, down, scale) for dy, down in zip(dys, downs, strict=True)]
             if dx is not None:
                 lora_a = _joined(factors[0::2]).to(up.dtype)
                 _ = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
@@ -161,10 +161,3 @@ def _rescaled(scale: float, dropout: Dropout | None) -> float:
 def _joined(tensors: Sequence[Array], dim: int = 0) -> Array:
     """End to end; one alone without a copy."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
-
-
-def _parts(joined: Array, layers: Sequence[Adapted], dim: int) -> Sequence[Array]:
-    """Each layer's R of ΣR."""
-    if len(layers) == 1:
-        return (joined,)
-    return joined.split_with_sizes([layer.lora_a.shape[0] for layer in layers], dim)

@@ -11,6 +11,7 @@ Which they are is not guessed from names: a trial run shows which are called wit
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -34,17 +35,24 @@ class Siblings:
     """
 
     def __init__(self, layers: tuple[LoraLinear, ...]) -> None:
-        self.layers = layers
+        # Weakly, since each of them holds this: a model that is let go is freed at once, its circles only some day.
+        self._layers = tuple(weakref.ref(layer) for layer in layers)
         self._given: tuple[Array, int] | None = None
         self._ready: dict[LoraLinear, Array] = {}
+
+    @property
+    def layers(self) -> tuple[LoraLinear, ...]:
+        """Those that are there, all of them as long as their model is."""
+        return tuple(layer for layer in (reference() for reference in self._layers) if layer is not None)
 
     def output(self, layer: LoraLinear, x: Array) -> Array:
         """Of one of them: made with that of the first, unless x is another tensor now or was written into."""
         given = self._given
         if given is None or given[0] is not x or given[1] != x._version or layer not in self._ready:  # noqa: SLF001
             self._given = x, x._version  # noqa: SLF001 (it has no public reader)
-            outputs = adapted(x, [sibling.parts() for sibling in self.layers], layer.scale, None)
-            self._ready = dict(zip(self.layers, outputs, strict=True))
+            layers = self.layers
+            outputs = adapted(x, [sibling.parts() for sibling in layers], layer.scale, None)
+            self._ready = dict(zip(layers, outputs, strict=True))
         y = self._ready.pop(layer)
         if not self._ready:
             self._given = None

@@ -11,7 +11,7 @@ from torch import Tensor as Array
 from torch import nn
 
 from mens_core.errors import ContractError, ModelError
-from mens_torch._adapted import Adapted, adapted
+from mens_torch._adapted import Adapted, adapted, adapted_alone
 from mens_torch._siblings import Siblings
 from mens_torch.dropout import Dropout
 from mens_torch.quant import NF4Weight
@@ -55,7 +55,9 @@ class LoraLinear(nn.Module):
         if dropout is not None:
             # A layer that is called again for the same batch, as for rows that run one at a time, draws another mask.
             self.dropout = dropout.fold("again")
-        elif self.siblings is not None and torch.is_grad_enabled():
+        elif not torch.is_grad_enabled():
+            return adapted_alone(x, self.parts(), self.scale)
+        elif self.siblings is not None:
             return self.siblings.output(self, x)
         return adapted(x, [self.parts()], self.scale, dropout)[0]
 

@@ -4,15 +4,16 @@ What a layer keeps for the backward pass, in numbers a token, follows from ``lor
 checked against the tensors autograd saves (equal to the last one for GPT-2, Llama and Qwen3). D width, F feed-forward
 width, H query and K key/value heads of width E, R rank::
 
-    norms      4 D                   what goes into each of the two, and what comes out, which its linears share;
-                                     Gemma has four norms, and so 2 D more; GPT-2's linears make it again: 2 D
-    attention  2 H·E + 2 K·E         query, key, value, output; laid end to end it is made again
-               H·E + K·E             Qwen3: query and key before their norms
-    GPT-2      F, 2 F in bfloat16    before the activation function and, where it is not made again, behind it
-    others     4 F                   gate, its activation, up, and their product
-    adapters   R                     x Aᵀ of each adapted linear
+    norms      2 D               what goes into each of the two; linears make what comes out again. Gemma: 4 D
+    attention  2 H·E + 2 K·E     query, key, value, output; laid end to end it is made again
+               H·E + K·E         Qwen3: query and key before their norms
+    GPT-2      F, 2 F            before the activation function and, in bfloat16, behind it
+    others     2 F, 3 F          gate and up and, in bfloat16, what goes into down
+               4 F               Gemma and Phi-3: gate, its activation, up, and their product
+    adapters   R                 x Aᵀ of each adapted linear
 
-    trained    D or H·E, K·E      an RMS norm that is trained: what its weight is multiplied with
+An RMS norm that is trained keeps its input in float32, what its weight is multiplied with, and what comes out, if
+adapted linears read it.
 
 With gradient checkpointing each layer keeps its input alone, D numbers, and one layer at a time what stands above.
 
@@ -24,6 +25,8 @@ layers are computed again, the holes are about as large as what such a layer kee
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from mens_core.contract import FineTuneContract
 from mens_core.costs import adapted_linears, rows_memory, standing_memory, states_memory, whole_parameters
@@ -50,6 +53,11 @@ _SHORT_LIVED = {True: 3, False: 6}
 # Of a layer that is computed again, as a share of what it keeps and makes.
 _HOLES_AGAIN = {True: 1.1, False: 1.35}
 _SCRATCH = 16 * _MIB
+# Families whose gate is not one node (_gated): another activation, or gate and up out of one linear.
+_PLAIN_GATES = {"gemma2", "gemma3_text", "phi3"}
+# Linears that read what came out of a block's first norm, and of the one before its feed-forward part.
+_ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".qkv_proj", ".in_proj_qkv", ".in_proj_z")
+_MLP = (".gate_proj", ".up_proj", ".gate_up_proj")
 # Of the widest input that is dropped: its mask, and what is multiplied with it. Nothing of it is kept.
 _MASKED = 2
 
@@ -123,44 +131,41 @@ def _made(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     """Bytes a token of all layers' products and inputs; the graph of an unknown family is taken for Llama's."""
     width = 4 if dtype == "float32" else 2
     query, key = layout.num_heads * layout.head_dim, layout.num_kv_heads * layout.head_dim
-    gpt2 = layout.family == "gpt2"
-    # An RMS norm keeps a float32 copy of what goes in.
-    wide = width if gpt2 else 4
+    gpt2, plain = layout.family == "gpt2", layout.family in _PLAIN_GATES
     norms = 2 if layout.family is None else len(REGISTRY[layout.family].norms)
-    block = norms * wide * layout.hidden_size + width * (
-        2 * query + 2 * key + (1 if gpt2 else 3) * layout.intermediate_size
-    )
-    block += wide * (query + key) if layout.family == "qwen3" else 0
+    gate = 1 if gpt2 else 3 if plain else 2
+    block = norms * layout.hidden_size + 2 * query + 2 * key + gate * layout.intermediate_size
+    block += query + key if layout.family == "qwen3" else 0
     adapted = adapted_linears(weights, contract.adapter)
-    # A linear without an adapter does not keep its input.
-    for readers, numbers in _inputs(layout, dtype):
-        if layout.family is None or any(path.endswith(readers) for path in adapted):
-            block += width * numbers
-    trained = 0 if gpt2 else sum(_norm_width(layout, name) for name in whole_parameters(layout, contract.adapter))
+    # A linear without an adapter does not keep its input; what a norm or a node of ours made is made again (_remade).
+    kept = {".out_proj": query}
+    if plain or dtype != "float32":
+        kept[".mlp.c_proj" if gpt2 else ".down_proj"] = layout.intermediate_size
+    block += sum(
+        numbers
+        for reader, numbers in kept.items()
+        if (layout.family is None and reader != ".out_proj") or any(path.endswith(reader) for path in adapted)
+    )
+    trained = sum(_of_trained(layout, name, width, adapted) for name in whole_parameters(layout, contract.adapter))
     ranks = sum(contract.adapter.rank_of(path) for path in adapted)
-    return layout.num_layers * block + width * (trained + ranks)
+    return width * (layout.num_layers * block + ranks) + trained
 
 
-def _norm_width(layout: Layout, name: str) -> int:
-    """Numbers a token that pass through a layer's norm; 0 for what is none."""
-    heads = {"q_norm": layout.num_heads, "k_norm": layout.num_kv_heads}.get(name.split(".")[-2])
-    if heads is not None:
-        return heads * layout.head_dim
-    return layout.hidden_size if "norm" in name and ".layers." in name else 0
-
-
-def _inputs(layout: Layout, dtype: str) -> list[tuple[tuple[str, ...], int]]:
-    """(linears that share an input which is kept, its numbers a token) of a layer; others are made again (_remade)."""
-    width, inner, query = layout.hidden_size, layout.intermediate_size, layout.num_heads * layout.head_dim
-    if layout.family == "gpt2":
-        return [] if dtype == "float32" else [((".mlp.c_proj",), inner)]
-    attention = (".q_proj", ".k_proj", ".v_proj", ".qkv_proj", ".in_proj_qkv", ".in_proj_z")
-    return [
-        (attention, width),
-        ((".out_proj",), query),
-        ((".gate_proj", ".up_proj", ".gate_up_proj"), width),
-        ((".down_proj",), inner),
-    ]
+def _of_trained(layout: Layout, name: str, width: int, adapted: Iterable[str]) -> int:
+    """Bytes a token that a tensor of a layer keeps more because it is trained: an RMS norm's weight, others nothing."""
+    block, _, norm = name.removesuffix(".weight").rpartition(".")
+    heads = {"q_norm": layout.num_heads, "k_norm": layout.num_kv_heads}
+    norms: tuple[str, ...] = ()
+    if layout.family is not None and layout.family != "gpt2":
+        norms = REGISTRY[layout.family].norms
+    if norm in heads:
+        return 4 * heads[norm] * layout.head_dim
+    if norm not in norms:
+        return 0
+    # Gemma's second and fourth are read by no linear.
+    readers = {norms[0]: _ATTENTION, norms[1 if len(norms) == 2 else 2]: _MLP}.get(norm, ())
+    read = any(path.startswith(f"{block}.") and path.endswith(readers) for path in adapted)
+    return (4 + (width if read else 0)) * layout.hidden_size
 
 
 def _loading(contract: FineTuneContract, weights: BaseWeights, width: int, parts: dict[str, int]) -> int:
