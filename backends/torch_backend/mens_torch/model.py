@@ -1,12 +1,14 @@
 """The decoder with its adapter, and the packing of rows into one forward pass.
 
-transformers' own graph runs; five things are replaced::
+transformers' own graph runs; seven things are replaced::
 
     linears of the decoder ─▶ LoraLinear              (every targeted one; with qlora all, in NF4)
     attention              ─▶ packed_attention        (by transformers' AttentionInterface, see _packing)
     head and loss          ─▶ loss.supervised_loss    (on the hidden states of supervised positions)
     what is trained whole  ─▶ a master in float32     (embeddings, norms, the head, see _whole)
     GELU in eight steps    ─▶ the same GELU in one    (GPT-2's; one kernel, and one tensor kept for the backward)
+    RMS norms              ─▶ one node each           (those that give its very bits, see _rms_norm)
+    gated layers           ─▶ a gate in one node      (the same, see _gated)
 
 Nothing is taken on trust: ``load_model`` runs a few tokens and keeps what it found. A model whose rows do not
 come out of a packed batch as they do alone, by its own attention, runs its rows one at a time (``packed``); a
