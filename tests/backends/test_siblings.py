@@ -115,6 +115,19 @@ def test_nothing_is_held_once_all_were_called(layers):
     assert (siblings._given, siblings._ready) == (None, {})
 
 
+def test_a_call_that_fails_leaves_nothing_for_the_next(layers):
+    _join(layers)
+    old, x = _drawn(7, 24, seed=1).requires_grad_(), _drawn(7, 24).requires_grad_()
+    layers[0](old)
+    bias, layers[2].bias = layers[2].bias, torch.zeros(1, 2, 3)
+    with pytest.raises(RuntimeError):
+        layers[0](x)
+    layers[2].bias = bias
+    with torch.no_grad():
+        expected = layers[1](x)
+    assert torch.equal(layers[1](x), expected)
+
+
 def test_a_model_that_is_let_go_is_freed_at_once(layers):
     _join(layers)
     _in_turn(layers, _drawn(7, 24).requires_grad_())

@@ -49,9 +49,11 @@ class Siblings:
         """Of one of them: made with that of the first, unless x is another tensor now or was written into."""
         given = self._given
         if given is None or given[0] is not x or given[1] != x._version or layer not in self._ready:  # noqa: SLF001
-            self._given = x, x._version  # noqa: SLF001 (it has no public reader)
+            # What nobody took goes first, and if this fails nothing is left that could be taken for it.
+            self._given, self._ready = None, {}
             layers = self.layers
             outputs = adapted(x, [sibling.parts() for sibling in layers], layer.scale, None)
+            self._given = x, x._version  # noqa: SLF001 (it has no public reader)
             self._ready = dict(zip(layers, outputs, strict=True))
         y = self._ready.pop(layer)
         if not self._ready:
