@@ -82,7 +82,17 @@ class _WideRMSNorm(LlamaRMSNorm):
         return super().forward(x.float())
 
 
-@pytest.mark.parametrize("kind", [_CentredRMSNorm, _BiasedRMSNorm, _WideRMSNorm])
+class _AskingRMSNorm(LlamaRMSNorm):
+    def forward(self, x, shift):
+        return super().forward(x) + shift
+
+
+class _TellingRMSNorm(LlamaRMSNorm):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("kind", [_CentredRMSNorm, _BiasedRMSNorm, _WideRMSNorm, _AskingRMSNorm, _TellingRMSNorm])
 def test_a_norm_that_computes_something_else_is_left_alone(kind):
     norm = _norm(kind, torch.bfloat16)
     fuse_rms_norms(nn.ModuleList([norm]), torch.bfloat16)
@@ -140,7 +150,12 @@ class _ScaledMLP(LlamaMLP):
         return super().forward(x) * 0.5
 
 
-@pytest.mark.parametrize(("activation", "kind"), [("gelu", LlamaMLP), ("silu", _ScaledMLP)])
+class _AskingMLP(LlamaMLP):
+    def forward(self, x, residual):
+        return super().forward(x) + residual
+
+
+@pytest.mark.parametrize(("activation", "kind"), [("gelu", LlamaMLP), ("silu", _ScaledMLP), ("silu", _AskingMLP)])
 def test_a_layer_that_computes_something_else_is_left_alone(activation, kind):
     mlp = _mlp(torch.float32, activation, kind)
     fuse_gates(nn.ModuleList([mlp]), torch.float32)

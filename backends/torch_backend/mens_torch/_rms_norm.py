@@ -18,6 +18,7 @@ from torch import Tensor as Array
 from torch.nn.utils import parametrize
 
 from mens_torch._remade import Origin, remember
+from mens_torch._trial import gives_the_bits_of
 
 __all__ = ["RMSNorm", "fuse_rms_norms"]
 
@@ -76,15 +77,12 @@ def _norm_of(module: Any, dtype: torch.dtype) -> RMSNorm | None:
     if weights.keys() != {"weight"} or weights["weight"].ndim != 1 or not isinstance(eps, float):
         return None
     weight = weights["weight"].detach()
-    sizes = torch.tensor(_SIZES, device=weight.device)[:, None]
+    sizes = torch.tensor(_SIZES, device=weight.device)[None, :, None]
     x = (sizes * torch.linspace(-1, 2, len(weight), device=weight.device)).to(dtype)
-    with torch.no_grad():
-        expected = module(x)
-        for gain in (weight, weight.float(), 1.0 + weight.float()):
-            norm = RMSNorm(gain, eps)
-            found = norm(x)
-            if found.dtype == expected.dtype and torch.equal(found, expected):
-                return norm
+    for gain in (weight, weight.float(), 1.0 + weight.float()):
+        norm = RMSNorm(gain, eps)
+        if gives_the_bits_of(module, norm, x):
+            return norm
     return None
 
 
