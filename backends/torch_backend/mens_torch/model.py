@@ -102,9 +102,10 @@ def load_model(plan: ExecutionPlan) -> Model:
     if plan.contract.training.gradient_checkpointing:
         checkpoint_layers(network)
     whole = train_whole(network, plan)
-    fuse_gates(network, getattr(torch, plan.dtype))
-    fuse_rms_norms(network, getattr(torch, plan.dtype))
-    remember_outputs(network, getattr(torch, plan.dtype))
+    dtype = getattr(torch, plan.dtype)
+    fuse_gates(network, dtype)
+    fuse_rms_norms(network, dtype)
+    remember_outputs(network, dtype)
     head = network.get_output_embeddings()
     model = Model(
         network=network,
