@@ -20,7 +20,8 @@ SHOWN = ("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_p
 
 def _train(name, model_dirs, corpus_dir, output, **variables):
     """A run that reports to an observer, in a process of its own: these libraries change the one they are in."""
-    pytest.importorskip({"mlflow": "sqlalchemy"}.get(name, name))
+    for needed in {"mlflow": ("mlflow", "sqlalchemy")}.get(name, (name,)):
+        pytest.importorskip(needed)
     fields = {"model": str(model_dirs["llama"]), "data_dir": str(corpus_dir), "output_dir": str(output)}
     code = f"from mens_core import Planner; Planner().run(report_to=({name!r},), **{fields | SETTINGS!r})"
     # Nothing listens there: a request to anywhere would fail.

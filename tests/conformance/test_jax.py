@@ -18,7 +18,7 @@ class Capabilities(BackendCapabilities):
 
 @pytest.fixture(scope="module", autouse=True)
 def _quickly_compiled():
-    """Tiny graphs take longer to optimise than to run; ``tests/backends`` runs the optimised ones."""
+    """Tiny graphs take longer to optimise than to run; ``tests/backends`` runs what XLA's own passes make of them."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
