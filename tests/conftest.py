@@ -33,7 +33,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# LLVM's passes are two fifths of what tiny programs take to compile. The gate does not come by here and runs with them.
+# LLVM's passes are two fifths of what tiny programs take to compile. With them run the gate, which does not come by
+# here, and the example of both backends.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Shared machines stall now and then; a slow draw says nothing about the property.
