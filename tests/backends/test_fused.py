@@ -1,19 +1,21 @@
-"""RMS norms and gates as one node of torch's graph: every bit of transformers' own, and its gradients."""
+"""RMS norms, gates and rotations as one node of torch's graph: every bit of transformers' own, and its gradients."""
 
 import copy
+import importlib
 
 import pytest
 import torch
-from mens_torch import _remade
+from mens_torch import _remade, _rotary
 from mens_torch._gated import fuse_gates
 from mens_torch._remade import origin_of
 from mens_torch._rms_norm import RMSNorm, fuse_rms_norms
+from mens_torch._rotary import fuse_rotations
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 FORMATS = (torch.float32, torch.bfloat16)
 # Both ways compute in float32 and round once to the format of x, the last of at most ten roundings.
@@ -169,3 +171,71 @@ def test_a_tensor_of_few_numbers_is_kept():
     for tensor in (made, large):
         _remade.remember(tensor, origin)
     assert [_remade.origin_of(tensor) for tensor in (made, large)] == [None, origin]
+
+
+_SMALL = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1, "head_dim": 16}
+
+
+def _attention(kind, dtype, config=LlamaConfig):
+    torch.manual_seed(0)
+    settings = config(**_SMALL, attn_implementation="eager")
+    return kind(settings, layer_idx=0).requires_grad_(requires_grad=False).to(dtype)
+
+
+def _at_positions(attention, x, width=16):
+    angles = torch.linspace(0, 9, x.shape[1] * width).view(1, -1, width)
+    at = tuple(turn(angles).to(x.dtype) for turn in (torch.cos, torch.sin))
+    return lambda hidden: attention(hidden, position_embeddings=at, attention_mask=None)[0]
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_rotation_gives_the_bits_and_the_slopes_of_transformers(dtype):
+    own, x = _attention(LlamaAttention, dtype), _drawn(1, 5, 32, dtype=dtype)
+    fused = copy.deepcopy(own)
+    fuse_rotations(nn.ModuleList([fused]), dtype)
+    assert "forward" in vars(fused)
+    (found, slope), (expected, right) = (_slopes(_at_positions(each, x), x, dtype) for each in (fused, own))
+    assert torch.equal(found, expected)
+    assert torch.equal(slope, right)
+    with torch.no_grad():
+        assert torch.equal(_at_positions(fused, x)(x), expected)
+        assert not torch.equal(_at_positions(fused, x)(x.flip(1)).flip(1), expected), "the twin: other positions"
+
+
+def test_a_rotation_keeps_the_cosines_alone_and_no_other_network_sees_it():
+    rotated, kept = _attention(LlamaAttention, torch.float32), {}
+    fuse_rotations(nn.ModuleList([rotated]), torch.float32)
+    alone = _attention(LlamaAttention, torch.float32)
+    assert "forward" not in vars(alone)
+    assert alone.forward.__globals__ is LlamaAttention.forward.__globals__
+    x = _drawn(1, 5, 32)
+    for attention in (rotated, alone):
+        nodes = kept.setdefault(attention, set())
+        waiting = [_at_positions(attention, x)(x).grad_fn]
+        while waiting:
+            node = waiting.pop()
+            nodes.add(type(node).__name__)
+            waiting += [following for following, _ in node.next_functions if following is not None]
+    assert "_RotationBackward" in kept[rotated]
+    assert "_RotationBackward" not in kept[alone]
+    assert kept[alone] - kept[rotated] >= {"NegBackward0", "CatBackward0", "SliceBackward0"}
+
+
+def test_a_rotation_of_a_part_of_each_head_or_in_another_format_is_the_family_s_own():
+    asked = []
+    rotate = _rotary._one_node(lambda *given: asked.append((given[2].shape[-1], given[2].dtype)))
+    q, wide = torch.ones(1, 2, 5, 16), torch.ones(1, 5, 16)
+    rotate(q, q, wide, wide)
+    assert not asked
+    rotate(q, q, wide[..., :8], wide[..., :8])
+    rotate(q.bfloat16(), q.bfloat16(), wide, wide)
+    assert asked == [(8, torch.float32), (16, torch.float32)]
+
+
+@pytest.mark.parametrize("family", ["cohere", "glm4", "gpt_oss"])
+def test_a_rotation_of_another_form_is_left_alone(family):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    kind = next(getattr(module, name) for name in dir(module) if name.endswith("Attention") and name != "Attention")
+    attention = _attention(kind, torch.float32, lambda **fields: AutoConfig.for_model(family, **fields))
+    fuse_rotations(nn.ModuleList([attention]), torch.float32)
+    assert "forward" not in vars(attention)

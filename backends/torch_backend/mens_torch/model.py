@@ -1,6 +1,6 @@
 """The decoder with its adapter, and the packing of rows into one forward pass.
 
-transformers' own graph runs; seven things are replaced::
+transformers' own graph runs; eight things are replaced::
 
     linears of the decoder ─▶ LoraLinear              (every targeted one; with qlora all, in NF4)
     attention              ─▶ packed_attention        (by transformers' AttentionInterface, see _packing)
@@ -9,6 +9,7 @@ transformers' own graph runs; seven things are replaced::
     GELU in eight steps    ─▶ the same GELU in one    (GPT-2's; one kernel, and one tensor kept for the backward)
     RMS norms              ─▶ one node each           (those that give its very bits, see _rms_norm)
     gated layers           ─▶ a gate in one node      (the same, see _gated)
+    rotary positions       ─▶ one node a layer        (the same, see _rotary)
 
 Nothing is taken on trust: ``load_model`` runs a few tokens and keeps what it found. A model whose rows do not
 come out of a packed batch as they do alone, by its own attention, runs its rows one at a time (``packed``); a
@@ -38,6 +39,7 @@ from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch._pages import MappedFiles
 from mens_torch._remade import remember_outputs
 from mens_torch._rms_norm import fuse_rms_norms
+from mens_torch._rotary import fuse_rotations
 from mens_torch._siblings import joined
 from mens_torch._whole import train_whole
 from mens_torch.dropout import Dropout
@@ -105,6 +107,7 @@ def load_model(plan: ExecutionPlan) -> Model:
     dtype = getattr(torch, plan.dtype)
     fuse_gates(network, dtype)
     fuse_rms_norms(network, dtype)
+    fuse_rotations(network, dtype)
     remember_outputs(network, dtype)
     head = network.get_output_embeddings()
     model = Model(
