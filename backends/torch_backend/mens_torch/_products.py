@@ -1,4 +1,4 @@
-"""Products of float32 matrices on a CPU, by oneDNN where MKL holds back.
+"""Products of float32 matrices on a CPU, by others where MKL holds back.
 
 PyTorch gives float32 to Intel's MKL, which runs its AVX-512 kernels on Intel's processors alone, and bfloat16 to
 oneDNN, which goes by what the processor can do. On AMD's Zen 5 a product of float32 takes oneDNN half of MKL's time.
@@ -6,6 +6,8 @@ Both round alike: to float32, after sums in float32.
 
 oneDNN keeps half a megabyte for each shape it has seen, scattered over the heap, and a batch's tokens are hardly ever
 as many as another's. So it gets rows by the piece, of few sizes; what is left, fewer than the smallest, is MKL's.
+
+One row by itself, on any of AMD's processors, is ``_one_row``'s.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor as Array
 from torch.nn import functional
+
+from mens_torch._one_row import is_one_row, row_product
 
 __all__ = ["linear", "linear_into", "product"]
 
@@ -40,6 +44,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     Returns:
         (..., out).
     """
+    if is_one_row(x, weight) and _is_amd():
+        return row_product(x, weight, bias)
     if not _goes_to_onednn(x, len(weight)):
         return functional.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], len(weight))
@@ -115,4 +121,9 @@ def _held_back() -> bool:
     """Whether this processor has AVX-512 that MKL does not use, and this PyTorch another way to it."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch._C._has_mkldnn:  # noqa: SLF001
         return False
+    return _is_amd()
+
+
+@functools.cache
+def _is_amd() -> bool:
     return _CPUINFO.exists() and "AuthenticAMD" in _CPUINFO.read_text(encoding="utf-8")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor as Array
+from torch import nn
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from mens_core.errors import DataError
 from mens_core.exchange import GenerateSettings
+from mens_torch._products import linear
+from mens_torch.model import Model
 from mens_torch.step import Session
 
 __all__ = ["generate"]
@@ -49,14 +54,27 @@ def generate(
         use_cache=True,
     )
     listener = None if on_token is None else _Listener(on_token)
-    training = network.config._attn_implementation  # noqa: SLF001 (it has no public reader)
-    network.set_attn_implementation(session.model.own_attention)
-    try:
+    with _answering(session.model):
         found = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain, streamer=listener)
-    finally:
-        network.set_attn_implementation(training)
     tokens: list[int] = found[0, len(prompt) :].tolist()
     return tokens
+
+
+@contextmanager
+def _answering(model: Model) -> Iterator[None]:
+    """The network with its own attention, and its plain linears, the head above all, by the adapters' products."""
+    network = model.network
+    training = network.config._attn_implementation  # noqa: SLF001 (it has no public reader)
+    plain = [module for module in network.modules() if type(module) is nn.Linear]
+    network.set_attn_implementation(model.own_attention)
+    for module in plain:
+        module.forward = partial(linear, weight=module.weight, bias=module.bias)
+    try:
+        yield
+    finally:
+        for module in plain:
+            del module.forward
+        network.set_attn_implementation(training)
 
 
 class _Listener(BaseStreamer):  # type: ignore[misc]
