@@ -113,6 +113,7 @@ def test_it_is_the_processor_that_decides(monkeypatch, tmp_path, vendor, capabil
     told = tmp_path / "cpuinfo"
     told.write_text(f"vendor_id\t: {vendor}\n", encoding="utf-8")
     monkeypatch.setattr(_products, "_CPUINFO", told)
+    monkeypatch.setattr(_products, "_is_amd", _products._is_amd.__wrapped__)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert _products._held_back.__wrapped__() is expected
     monkeypatch.setattr(_products, "_CPUINFO", tmp_path / "elsewhere")

@@ -30,7 +30,11 @@ def is_one_row(x: Array, weight: Array) -> bool:
     """
     # The cheapest first: in training it ends here.
     alone = x.numel() == x.shape[-1] and weight.numel() >= _MANY
-    return alone and weight.dtype == x.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
+    return alone and weight.dtype == x.dtype == torch.float32 and weight.is_cpu and _is_whole(weight)
+
+
+def _is_whole(weight: Array) -> bool:
+    return weight.is_contiguous() or weight.t().is_contiguous()
 
 
 def row_product(x: Array, weight: Array, bias: Array | None) -> Array:
@@ -38,24 +42,25 @@ def row_product(x: Array, weight: Array, bias: Array | None) -> Array:
 
     Args:
         x: (..., in) float32, one row.
-        weight: (out, in) float32, contiguous.
+        weight: (out, in) float32, contiguous, or its transpose is, as GPT-2's files have it.
         bias: (out,) float32 or None.
 
     Returns:
         (..., out) float32.
     """
     out = x.new_empty(*x.shape[:-1], len(weight))
-    sums = functools.partial(
-        compiled(_write_sums, in_any_order=True), weight.detach().numpy(), x.detach().reshape(-1).numpy()
-    )
-    in_shares(functools.partial(sums, out.view(-1).numpy()), *weight.shape, torch.get_num_threads())
+    write, held = (_by_rows, weight) if weight.is_contiguous() else (_by_columns, weight.t())
+    row = x.detach().reshape(-1)
+    arrays = held.detach().numpy(), row.numpy(), out.view(-1).numpy()
+    task = functools.partial(compiled(write, in_any_order=True), *arrays)
+    in_shares(task, len(weight), len(row), torch.get_num_threads())
     return out if bias is None else out.add_(bias)
 
 
-def _write_sums(
+def _by_rows(
     weight: NDArray[np.float32], row: NDArray[np.float32], out: NDArray[np.float32], first: int, last: int
 ) -> None:
-    """Fill ``out[first:last]``."""
+    """Fill ``out[first:last]``; the weight is (out, in)."""
     quarter = (last - first) // 4
     for at in range(first, first + quarter):
         one = two = three = four = np.float32(0)
@@ -70,3 +75,19 @@ def _write_sums(
         for i in range(len(row)):
             alone += weight[at, i] * row[i]
         out[at] = alone
+
+
+def _by_columns(
+    weight: NDArray[np.float32], row: NDArray[np.float32], out: NDArray[np.float32], first: int, last: int
+) -> None:
+    """Fill ``out[first:last]``; the weight is (in, out)."""
+    sums, quarter = out[first:last], len(row) // 4
+    sums[:] = 0
+    for i in range(quarter):
+        one, two = weight[i, first:last], weight[i + quarter, first:last]
+        three, four = weight[i + 2 * quarter, first:last], weight[i + 3 * quarter, first:last]
+        a, b, c, d = row[i], row[i + quarter], row[i + 2 * quarter], row[i + 3 * quarter]
+        for at in range(len(sums)):
+            sums[at] += a * one[at] + b * two[at] + c * three[at] + d * four[at]
+    for i in range(4 * quarter, len(row)):
+        sums += row[i] * weight[i, first:last]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor as Array
@@ -65,7 +66,7 @@ def _answering(model: Model) -> Iterator[None]:
     """The network with its own attention, and its plain linears, the head above all, by the adapters' products."""
     network = model.network
     training = network.config._attn_implementation  # noqa: SLF001 (it has no public reader)
-    plain = [module for module in network.modules() if type(module) is nn.Linear]
+    plain: list[Any] = [module for module in network.modules() if type(module) is nn.Linear]
     network.set_attn_implementation(model.own_attention)
     for module in plain:
         module.forward = partial(linear, weight=module.weight, bias=module.bias)

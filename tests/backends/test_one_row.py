@@ -1,0 +1,87 @@
+"""torch's products of one row: within float32's rounding of the exact ones, and an answer's tokens stay the same."""
+
+import pytest
+import tiny
+import torch
+from mens_torch import _one_row, _products
+from mens_torch._one_row import is_one_row, row_product
+from torch import nn
+
+from mens_core import compiled
+from mens_core.exchange import GenerateSettings, TrainingState
+from mens_core.plugins import load_backend
+
+
+def _drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _near(found, x, weight, bias):
+    """Within what sums of float32 may lose: k · 2⁻²⁴ of the sum of the absolute values (Higham 2002, section 3.1)."""
+    assert found.dtype == torch.float32
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    bound = (x.shape[-1] + 2) * 2**-24 * (x.abs() @ weight.abs().t() + bias.abs())
+    return bool(((found.double() - (x @ weight.t() + bias)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (21, 34), (64, 32), (130, 67)], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
+def test_one_row_is_exact_to_float32(monkeypatch, size, threads, transposed):
+    monkeypatch.setattr(compiled, "_SHARE", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    out, into = size
+    weight = _drawn(into, out, seed=1).t() if transposed else _drawn(out, into, seed=1)
+    x, bias = _drawn(1, 1, into), _drawn(out, seed=2)
+    found = row_product(x, weight, bias)
+    assert found.shape == (1, 1, out)
+    assert _near(found, x, weight, bias)
+    assert _near(row_product(x, weight, None), x, weight, torch.zeros(out))
+    assert not _near(row_product(x * (1 + 2**-8), weight, bias), x, weight, bias), "the twin: as good as bfloat16"
+
+
+def test_what_is_not_finite_stays_so():
+    weight = _drawn(8, 16)
+    weight[1, 3], weight[6, 0] = float("inf"), float("nan")
+    for held in (weight, weight.t().contiguous().t()):
+        found = row_product(torch.ones(1, 16), held, None)[0]
+        assert found[1] == float("inf")
+        assert torch.isnan(found).tolist() == [False] * 6 + [True, False]
+
+
+def test_only_one_row_and_a_large_float32_weight_of_one_piece_are_taken(monkeypatch):
+    monkeypatch.setattr(_one_row, "_MANY", 8 * 16)
+    row, weight = torch.ones(1, 1, 16), torch.ones(8, 16)
+    assert is_one_row(row, weight)
+    assert is_one_row(row, torch.ones(16, 8).t())
+    assert not is_one_row(torch.ones(2, 16), weight)
+    assert not is_one_row(row, weight[1:])
+    assert not is_one_row(row, torch.ones(8, 32)[:, :16])
+    assert not is_one_row(row.bfloat16(), weight.bfloat16())
+    assert not is_one_row(row, weight.bfloat16())
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("named", ["gpt2", "llama", "qwen3"])
+def test_an_answer_made_by_it_has_the_same_tokens(folders, monkeypatch, named, method):
+    """The head and linears without an adapter are among its products, and afterwards as they were."""
+    backend, settings = load_backend("torch"), GenerateSettings(max_new_tokens=20, stop_tokens=())
+    targets = ("c_attn",) if named == "gpt2" else ("q_proj",)
+    session = backend.open(tiny.plan_for(backend, folders[named], method=method, targets=targets), tiny.SHAPE)
+    adapter = tiny.random_adapter(backend.state(session).adapter)
+    session = backend.restore(session, TrainingState(adapter=adapter, optimizer={}, step=0))
+    monkeypatch.setattr(_products, "_is_amd", lambda: False)
+    expected = backend.generate(session, [5, 17, 80, 3, 42], settings)
+    monkeypatch.setattr(_products, "_is_amd", lambda: True)
+    monkeypatch.setattr(_one_row, "_MANY", 1)
+    used = []
+    monkeypatch.setattr(
+        _products, "row_product", lambda x, weight, bias: used.append(weight) or row_product(x, weight, bias)
+    )
+    assert backend.generate(session, [5, 17, 80, 3, 42], settings) == expected
+    network = session.model.network
+    linears = [module for module in network.modules() if type(module) is nn.Linear]
+    held = {weight.data_ptr() for weight in used}
+    assert all(linear.weight.data_ptr() in held for linear in linears)
+    assert network.get_output_embeddings() in linears
+    assert not any("forward" in vars(linear) for linear in linears)
