@@ -17,6 +17,7 @@ import torch
 from torch import Tensor as Array
 from torch.nn.utils import parametrize
 
+from mens_torch._formats import rounded
 from mens_torch._remade import Origin, remember
 from mens_torch._trial import gives_the_bits_of
 
@@ -48,12 +49,12 @@ class RMSNorm:
     def of(self, x: Array) -> tuple[Array, Array]:
         """(y, r); r is (..., 1) float32."""
         # In transformers' order of roundings, so that every bit is as there.
-        wide = x.float()
+        wide = rounded(x, torch.float32)
         r = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         normed = wide * r
         if self.gain.dtype == torch.float32:
-            return normed.mul_(self.gain).to(x.dtype), r
-        return normed.to(x.dtype).mul_(self.gain), r
+            return rounded(normed.mul_(self.gain), x.dtype), r
+        return rounded(normed, x.dtype).mul_(self.gain), r
 
 
 def fuse_rms_norms(network: Any, dtype: torch.dtype) -> None:
@@ -97,9 +98,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Array) -> tuple[Array, None]:
         x, r = ctx.saved_tensors
-        dx, normed = (grads[0] * ctx.gain).float(), x.float() * r
+        dx, normed = rounded(grads[0] * ctx.gain, torch.float32), rounded(x, torch.float32) * r
         dx.addcmul_(normed, (dx * normed).mean(-1, keepdim=True), value=-1).mul_(r)
-        return dx.to(x.dtype), None
+        return rounded(dx, x.dtype), None
 
 
 # Without the look for functorch's wrappers, as in _adapted.
