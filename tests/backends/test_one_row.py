@@ -1,14 +1,16 @@
 """torch's products of one row: within float32's rounding of the exact ones, and an answer's tokens stay the same."""
 
+import attrs
 import pytest
 import tiny
 import torch
 from mens_torch import _one_row, _products
 from mens_torch._one_row import is_one_row, row_product
+from mens_torch.quant import quantize
 from torch import nn
 
 from mens_core import compiled
-from mens_core.exchange import GenerateSettings, TrainingState
+from mens_core.exchange import GenerateSettings, NF4Spec, TrainingState
 from mens_core.plugins import load_backend
 
 
@@ -59,6 +61,39 @@ def test_only_one_row_and_a_large_float32_weight_of_one_piece_are_taken(monkeypa
     assert not is_one_row(row, torch.ones(8, 32)[:, :16])
     assert not is_one_row(row.bfloat16(), weight.bfloat16())
     assert not is_one_row(row, weight.bfloat16())
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_row_of_a_weight_in_nf4_is_exact_to_float32(monkeypatch, double, block, threads):
+    monkeypatch.setattr(compiled, "_SHARE", 512)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    stored = quantize(_drawn(37, 384, seed=1), NF4Spec(block_size=block, double_quant=double))
+    dense, x, nothing = stored.write(torch.empty(37 * 384)), _drawn(1, 1, 384), torch.zeros(37)
+    assert stored.is_one_row(x)
+    found = stored.row_product(x)
+    assert found.shape == (1, 1, 37)
+    assert _near(found, x, dense, nothing)
+    other = quantize(_drawn(37, 384, seed=1) * (1 + 2**-8), NF4Spec(block_size=block, double_quant=double))
+    assert not _near(other.row_product(x), x, dense, nothing), "the twin: scales as good as bfloat16's"
+
+
+def test_endless_scales_of_nf4_stay_so():
+    stored = quantize(torch.eye(8, 64), NF4Spec(double_quant=False))
+    stored = attrs.evolve(stored, absmax=torch.tensor([torch.inf, torch.nan] + 6 * [1.0]))
+    found = stored.row_product(torch.ones(1, 64))[0]
+    assert not torch.isfinite(found[:2]).any()
+    assert found[2:].tolist() == [1.0] * 6
+
+
+def test_only_one_row_in_float32_of_whole_blocks_of_nf4_is_taken():
+    stored = quantize(_drawn(4, 128), NF4Spec())
+    assert stored.is_one_row(torch.ones(128))
+    assert not stored.is_one_row(torch.ones(2, 128))
+    assert not stored.is_one_row(torch.ones(128).bfloat16())
+    assert not quantize(_drawn(4, 96), NF4Spec()).is_one_row(torch.ones(96))
+    assert not quantize(_drawn(4, 128), NF4Spec(block_size=32)).is_one_row(torch.ones(128))
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -364,7 +364,7 @@ def test_what_is_compiled_is_what_the_look_up_says(seed):
     for kind in (np.float32, np.uint16):
         found, expected = np.zeros((2, 64), kind)
         book = CODEBOOKS["nf4"]
-        _nf4_loop._loop()(codes, absmax, None, None, absmax, book, 64, found, 0, 1)
+        _nf4_loop._loop(_nf4_loop._write_blocks)(codes, absmax, None, None, absmax, book, 64, found, 0, 0, 1)
         _nf4_loop._look_up(codes, 0, book, absmax[0], expected, 0)
         np.testing.assert_array_equal(found, expected)
 
@@ -401,11 +401,21 @@ def _runs(how):
     """What this processor can run: byte by byte it is always possible."""
     from mens_torch import _nf4_loop
 
-    return how == "_by_bytes" or _nf4_loop._has("avx512bw")
+    return how == "_by_bytes" or _nf4_loop._has({"_by_halves": "avx2", "_by_numbers": "avx512bw"}[how])
 
 
-@pytest.mark.parametrize(("how", "native"), [("_by_bytes", False), ("_by_bytes", True), ("_by_numbers", True)])
-@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize(
+    ("how", "native", "width"),
+    [
+        ("_by_bytes", False, 16),
+        ("_by_bytes", False, 32),
+        ("_by_bytes", True, 16),
+        ("_by_bytes", True, 32),
+        ("_by_halves", True, 32),
+        ("_by_numbers", True, 16),
+        ("_by_numbers", True, 32),
+    ],
+)
 def test_every_way_to_look_codes_up_finds_the_same(how, native, width, monkeypatch):
     from llvmlite import binding
 

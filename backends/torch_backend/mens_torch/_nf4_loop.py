@@ -1,12 +1,13 @@
-"""Bringing a weight in NF4 back on a CPU, into memory that is there, in one pass over its codes.
+"""Bringing a weight in NF4 back on a CPU, in one pass over its codes: all of it, or a row at a time for one product.
 
 ::
 
     block's absmax, itself brought back ──▶ 16 values · absmax, rounded ──▶ 64 codes choose among them, 64 results
 
 The sixteen products of a block stay in vector registers, so a result costs neither a load nor a product of its own.
-With AVX-512 one instruction looks 16 or 32 codes up in them. Elsewhere their first bytes lie in one register, their
-second bytes in another, and one instruction looks 32 codes up in sixteen bytes.
+With AVX-512 one instruction looks 16 or 32 codes up in them, with AVX2 8 in either half of float32 ones. Elsewhere
+their first bytes lie in one register, their second bytes in another, and one instruction looks 32 codes up in sixteen
+bytes.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from mens_core.exchange import NF4Spec
 from mens_core.nf4 import CODEBOOKS
 from mens_core.nf4_scales import NESTED_BLOCK, dynamic_map
 
-__all__ = ["write_dense"]
+__all__ = ["TOGETHER", "row_product", "write_dense"]
 
 # Codes looked up together: a block of the usual size.
-_TOGETHER = 64
+TOGETHER = 64
 
 
 def write_dense(
@@ -45,21 +46,45 @@ def write_dense(
         spec: how the weight was stored.
         out: (numel,), contiguous, any float format; overwritten.
     """
-    scales = (
-        absmax.numpy(),
-        None if nested_absmax is None else nested_absmax.numpy(),
-        None if offset is None else np.float32(offset),
-    )
+    scales = _as_arrays(absmax, nested_absmax, offset)
     book, size = CODEBOOKS[spec.codebook], spec.block_size
-    compiles = out.dtype in {torch.float32, torch.bfloat16} and size % _TOGETHER == 0
+    compiles = out.dtype in {torch.float32, torch.bfloat16} and size % TOGETHER == 0
     whole = out.numel() // size if compiles else 0
     if whole:
         # numba has no bfloat16; its bits pass as integers.
         room = out.numpy() if out.dtype == torch.float32 else out.view(torch.uint16).numpy()
-        write = functools.partial(_loop(), codes.numpy(), *scales, dynamic_map(), book, size, room)
+        write = functools.partial(_loop(_write_blocks), codes.numpy(), *scales, dynamic_map(), book, size, room, 0)
         in_shares(write, whole, size, torch.get_num_threads())
     if whole < len(absmax):
         _write_rest(codes.numpy(), _scales_from(whole, *scales), book, size, out, whole)
+
+
+def row_product(
+    x: Array, codes: Array, absmax: Array, nested_absmax: Array | None, offset: Array | None, spec: NF4Spec
+) -> Array:
+    """One row times what ``write_dense`` gives, of which a row at a time is there: (..., in) to (..., out).
+
+    Args:
+        x: (..., in) float32, on the CPU; in is whole blocks, and a block whole look-ups (``TOGETHER``).
+        codes: with the others as ``write_dense`` takes them.
+        absmax: of each block.
+        nested_absmax: of each group of blocks, or None.
+        offset: of the scales, or None.
+        spec: how the weight was stored.
+    """
+    row, blocks = x.detach().reshape(-1), x.shape[-1] // spec.block_size
+    out = x.new_empty(*x.shape[:-1], len(absmax) // blocks)
+    stored = codes.numpy(), *_as_arrays(absmax, nested_absmax, offset), dynamic_map(), CODEBOOKS[spec.codebook]
+    sums = functools.partial(_loop(_write_sums), *stored, spec.block_size, row.numpy(), out.view(-1).numpy())
+    in_shares(sums, out.numel(), len(row), torch.get_num_threads())
+    return out
+
+
+def _as_arrays(
+    absmax: Array, nested_absmax: Array | None, offset: Array | None
+) -> tuple[NDArray[Any], NDArray[np.float32] | None, np.float32 | None]:
+    nested = None if nested_absmax is None else nested_absmax.numpy()
+    return absmax.numpy(), nested, None if offset is None else np.float32(offset)
 
 
 def _scales_from(
@@ -89,9 +114,16 @@ def _write_rest(
 
 
 @functools.cache
-def _loop() -> Any:
+def _loop(function: Callable[..., None]) -> Any:
+    _make_known()
+    return compiled(function, in_any_order=function is _write_sums)
+
+
+@functools.cache
+def _make_known() -> None:
+    """Tell numba what the loops call."""
     # Imported on use, as in ``compiled``.
-    from numba.extending import intrinsic, overload  # noqa: PLC0415
+    from numba.extending import intrinsic, overload, register_jitable  # noqa: PLC0415
 
     permuted = intrinsic(_typed_look_up)
 
@@ -103,7 +135,8 @@ def _loop() -> Any:
     def _(codes: Any, at: Any, book: Any, scale: Any, out: Any, to: Any) -> Any:  # noqa: ARG001
         return call
 
-    return compiled(_write_blocks)
+    # For itself, in the order that is written: the same scales and the same bits wherever it is called.
+    register_jitable(error_model="numpy")(_write_blocks)
 
 
 def _write_blocks(
@@ -115,17 +148,43 @@ def _write_blocks(
     book: NDArray[np.float32],
     block_size: int,
     out: NDArray[Any],
+    origin: int,
     first: int,
     last: int,
 ) -> None:
-    """Fill blocks ``first`` to ``last`` of ``out``."""
+    """Fill ``out``, which begins with number ``origin`` of the weight, with blocks ``first`` to ``last``."""
     for block in range(first, last):
         if nested_absmax is None:
             scale = absmax[block]
         else:
             scale = scales[absmax[block]] * nested_absmax[block // NESTED_BLOCK] + offset
-        for i in range(block * block_size, block * block_size + block_size, _TOGETHER):
-            _look_up(codes, i // 2, book, scale, out, i)
+        for i in range(block * block_size, block * block_size + block_size, TOGETHER):
+            _look_up(codes, i // 2, book, scale, out, i - origin)
+
+
+def _write_sums(
+    codes: NDArray[np.uint8],
+    absmax: NDArray[Any],
+    nested_absmax: NDArray[np.float32] | None,
+    offset: np.float32 | None,
+    scales: NDArray[np.float32],
+    book: NDArray[np.float32],
+    block_size: int,
+    row: NDArray[np.float32],
+    out: NDArray[np.float32],
+    first: int,
+    last: int,
+) -> None:
+    """Fill ``out[first:last]`` with the products of the weight's rows and ``row``."""
+    width = len(row)
+    blocks, room = width // block_size, np.empty(width, np.float32)
+    for at in range(first, last):
+        begin, end = at * blocks, (at + 1) * blocks
+        _write_blocks(codes, absmax, nested_absmax, offset, scales, book, block_size, room, at * width, begin, end)
+        total = np.float32(0)
+        for i in range(width):
+            total += room[i] * row[i]
+        out[at] = total
 
 
 def _look_up(
@@ -137,10 +196,10 @@ def _look_up(
     to: int,
 ) -> None:
     """Bring 64 codes back, those from byte ``at`` on, to ``out[to:]``: what is said here is what is compiled."""
-    bytes_ = codes[at : at + _TOGETHER // 2]
+    bytes_ = codes[at : at + TOGETHER // 2]
     products = torch.from_numpy(book * scale)
     rounded = products if out.dtype == np.float32 else products.bfloat16().view(torch.uint16)
-    out[to : to + _TOGETHER] = rounded.numpy()[np.stack([bytes_ >> 4, bytes_ & 15], axis=1).reshape(-1)]
+    out[to : to + TOGETHER] = rounded.numpy()[np.stack([bytes_ >> 4, bytes_ & 15], axis=1).reshape(-1)]
 
 
 def _typed_look_up(_: Any, codes: Any, at: Any, book: Any, scale: Any, out: Any, to: Any) -> Any:
@@ -172,7 +231,8 @@ def _write_look_up(context: Any, builder: Any, signature: Any, arguments: Any) -
         there = builder.add(at, ir.Constant(at.type, first))
         return builder.load(place(0, there, ir.IntType(8), count), align=1)
 
-    look_up = _by_numbers if _has("avx512bw") else _by_bytes
+    narrow = _by_halves if width == 32 and _has("avx2") else _by_bytes
+    look_up = _by_numbers if _has("avx512bw") else narrow
     for found in look_up(builder, table, width, codes):
         builder.store(found, place(4, to, ir.IntType(width), found.type.count), align=width // 8)
         to = builder.add(to, ir.Constant(to.type, found.type.count))
@@ -198,7 +258,7 @@ def _by_numbers(builder: Any, table: Any, width: int, codes: Callable[[int, int]
     parts = builder.bitcast(table, ir.VectorType(ir.IntType(width), count))
     # Among halves the upper one of product c has place 2 c + 1. No more bits of a place are looked at than it needs.
     up, down, upper = (_filled(2 * width, [n] * wide.count) for n in (width + half, 4 - half, half | half << width))
-    for first in range(0, _TOGETHER // 2, wide.count):
+    for first in range(0, TOGETHER // 2, wide.count):
         # The code in a byte's high bits comes first.
         pairs = builder.zext(codes(first, wide.count), wide)
         places = builder.or_(builder.or_(builder.shl(pairs, up), builder.lshr(pairs, down)), upper)
@@ -206,11 +266,33 @@ def _by_numbers(builder: Any, table: Any, width: int, codes: Callable[[int, int]
         yield _instruction(builder, name, parts, builder.bitcast(places, parts.type))
 
 
+def _by_halves(builder: Any, table: Any, width: int, codes: Callable[[int, int], Any]) -> Iterator[Any]:
+    """One instruction looks 8 codes up in 8 numbers, in either half of the table; a code's highest bit says in which.
+
+    Arguments and results as above; the width is 32.
+    """
+    from llvmlite import ir  # noqa: PLC0415
+
+    eight = ir.VectorType(ir.IntType(width), 8)
+    halves = [
+        builder.bitcast(builder.shuffle_vector(table, table, _filled(32, [*range(at, at + 8)])), eight) for at in (0, 8)
+    ]
+    # Of four bytes each lane gets its own code as its lowest bits; of a place no more bits are looked at than it needs.
+    turns, top = _filled(width, [4, 0, 12, 8, 20, 16, 28, 24]), _filled(width, [8] * 8)
+    for first in range(0, TOGETHER // 2, 4):
+        four = builder.bitcast(codes(first, 4), ir.IntType(32))
+        one = builder.insert_element(ir.Constant(eight, ir.Undefined), four, ir.Constant(ir.IntType(32), 0))
+        places = builder.lshr(builder.shuffle_vector(one, one, _filled(32, [0] * 8)), turns)
+        low, high = (_instruction(builder, "llvm.x86.avx2.permd", half, places) for half in halves)
+        upper = builder.icmp_unsigned("!=", builder.and_(places, top), _filled(width, [0] * 8))
+        yield builder.select(upper, high, low)
+
+
 def _by_bytes(builder: Any, table: Any, width: int, codes: Callable[[int, int], Any]) -> Iterator[Any]:
     """The bytes of 64 numbers are looked up, 32 at a time, and interleaved; arguments and results as above."""
     from llvmlite import ir  # noqa: PLC0415
 
-    bytes_, pairs = _bytes_of(builder, table, width), codes(0, _TOGETHER // 2)
+    bytes_, pairs = _bytes_of(builder, table, width), codes(0, TOGETHER // 2)
     high, low = builder.lshr(pairs, _filled(8, [4] * 32)), builder.and_(pairs, _filled(8, [15] * 32))
     results = [
         part

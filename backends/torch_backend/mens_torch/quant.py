@@ -20,7 +20,7 @@ from mens_core import nf4
 from mens_core.exchange import NF4Spec, QuantizedWeight
 from mens_core.nf4_scales import NESTED_BLOCK
 from mens_torch._bitsandbytes import dynamic_map, library
-from mens_torch._nf4_loop import write_dense
+from mens_torch._nf4_loop import TOGETHER, row_product, write_dense
 
 __all__ = ["NF4Weight", "dequantize", "export_weight", "import_weight", "quantize"]
 
@@ -54,8 +54,21 @@ class NF4Weight:
         Returns:
             ``out`` as (out, in).
         """
-        write_dense(self.codes, self.absmax, self.nested_absmax, self.offset, self.spec, out)
+        write_dense(*self._stored(), out)
         return out.view(self.shape)
+
+    def is_one_row(self, x: Array) -> bool:
+        """Whether ``row_product`` takes x, (..., in): one row in float32 on the CPU, of whole blocks."""
+        width, size = self.shape[-1], self.spec.block_size
+        alone = x.numel() == width and x.dtype == torch.float32 and x.is_cpu
+        return alone and width % size == 0 and size % TOGETHER == 0
+
+    def row_product(self, x: Array) -> Array:
+        """X Wᵀ of one row: (..., in) to (..., out), summed over what ``write`` gives."""
+        return row_product(x, *self._stored())
+
+    def _stored(self) -> tuple[Array, Array, Array | None, Array | None, NF4Spec]:
+        return self.codes, self.absmax, self.nested_absmax, self.offset, self.spec
 
 
 def quantize(weight: Array, spec: NF4Spec) -> NF4Weight:
