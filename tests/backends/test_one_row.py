@@ -8,6 +8,7 @@ from mens_torch import _one_row, _products
 from mens_torch._one_row import is_one_row, row_product
 from mens_torch.quant import quantize
 from torch import nn
+from torch.nn import functional
 
 from mens_core import compiled
 from mens_core.exchange import GenerateSettings, NF4Spec, TrainingState
@@ -77,6 +78,14 @@ def test_one_row_of_a_weight_in_nf4_is_exact_to_float32(monkeypatch, double, blo
     assert _near(found, x, dense, nothing)
     other = quantize(_drawn(37, 384, seed=1) * (1 + 2**-8), NF4Spec(block_size=block, double_quant=double))
     assert not _near(other.row_product(x), x, dense, nothing), "the twin: scales as good as bfloat16's"
+
+
+def test_nf4_is_multiplied_by_the_very_numbers_that_are_brought_back():
+    stored = quantize(_drawn(16, 256), NF4Spec())
+    dense = stored.write(torch.empty(16 * 256))
+    for place in range(256):
+        only = functional.one_hot(torch.tensor([place]), 256).float()
+        assert torch.equal(stored.row_product(only)[0], dense[:, place])
 
 
 def test_endless_scales_of_nf4_stay_so():

@@ -135,8 +135,8 @@ def _make_known() -> None:
     def _(codes: Any, at: Any, book: Any, scale: Any, out: Any, to: Any) -> Any:  # noqa: ARG001
         return call
 
-    # For itself, in the order that is written: the same scales and the same bits wherever it is called.
-    register_jitable(error_model="numpy")(_write_blocks)
+    # Said here, since what is compiled for a caller takes its options over: scales have the same bits everywhere.
+    register_jitable(error_model="numpy", fastmath=False)(_write_blocks)
 
 
 def _write_blocks(
