@@ -3,14 +3,17 @@
 import argparse
 import ast
 import atexit
+import gc
 import inspect
 import json
 import os
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import textwrap
+from pathlib import Path
 
 # Before anything loads NumPy, whose threads are counted then: tiny matrices gain nothing from a second one, and waiting
 # for one that shares its core costs a hundredfold.
@@ -40,6 +43,24 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Shared machines stall now and then; a slow draw says nothing about the property.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 settings.load_profile("shared")
+
+
+# Linux gives a process 65,530 pieces of memory, and LLVM ends it when it gets no more. What JAX has compiled takes four
+# each or more, the largest module's tests 11,000.
+MANY_PIECES = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_what_jax_compiles():
+    yield
+    if "jax" in sys.modules and _pieces_of_memory() > MANY_PIECES:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+def _pieces_of_memory():
+    told = Path("/proc/self/maps")
+    return told.read_bytes().count(b"\n") if told.exists() else 0
 
 
 # A run on JAX compiles for half a minute. Every method and family is met without these, and all pairs by the gate.
