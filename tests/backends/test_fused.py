@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 FORMATS = (torch.float32, torch.bfloat16)
@@ -202,23 +203,24 @@ def test_a_rotation_gives_the_bits_and_the_slopes_of_transformers(dtype):
         assert not torch.equal(_at_positions(fused, x)(x.flip(1)).flip(1), expected), "the twin: other positions"
 
 
+def _nodes(output):
+    found, waiting = [], [output.grad_fn]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += [node for node, _ in found[-1].next_functions if node is not None]
+    return {type(node).__name__: node for node in found}
+
+
 def test_a_rotation_keeps_the_cosines_alone_and_no_other_network_sees_it():
-    rotated, kept = _attention(LlamaAttention, torch.float32), {}
+    own = modeling_llama.apply_rotary_pos_emb
+    rotated, alone = (_attention(LlamaAttention, torch.float32) for _ in range(2))
     fuse_rotations(nn.ModuleList([rotated]), torch.float32)
-    alone = _attention(LlamaAttention, torch.float32)
-    assert "forward" not in vars(alone)
-    assert alone.forward.__globals__ is LlamaAttention.forward.__globals__
+    assert modeling_llama.apply_rotary_pos_emb is own
     x = _drawn(1, 5, 32)
-    for attention in (rotated, alone):
-        nodes = kept.setdefault(attention, set())
-        waiting = [_at_positions(attention, x)(x).grad_fn]
-        while waiting:
-            node = waiting.pop()
-            nodes.add(type(node).__name__)
-            waiting += [following for following, _ in node.next_functions if following is not None]
-    assert "_RotationBackward" in kept[rotated]
-    assert "_RotationBackward" not in kept[alone]
-    assert kept[alone] - kept[rotated] >= {"NegBackward0", "CatBackward0", "SliceBackward0"}
+    one, several = (_nodes(_at_positions(attention, x)(x)) for attention in (rotated, alone))
+    assert [tensor.shape for tensor in one["_RotationBackward"].saved_tensors] == 2 * [(1, 1, 5, 16)]
+    assert "_RotationBackward" not in several
+    assert several.keys() - one.keys() >= {"NegBackward0", "CatBackward0", "SliceBackward0"}
 
 
 def test_a_rotation_of_a_part_of_each_head_or_in_another_format_is_the_family_s_own():

@@ -75,7 +75,8 @@ def row_product(
     row, blocks = x.detach().reshape(-1), x.shape[-1] // spec.block_size
     out = x.new_empty(*x.shape[:-1], len(absmax) // blocks)
     stored = codes.numpy(), *_as_arrays(absmax, nested_absmax, offset), dynamic_map(), CODEBOOKS[spec.codebook]
-    sums = functools.partial(_loop(_write_sums), *stored, spec.block_size, row.numpy(), out.view(-1).numpy())
+    loop = _loop(_write_sums, in_any_order=True)
+    sums = functools.partial(loop, *stored, spec.block_size, row.numpy(), out.view(-1).numpy())
     in_shares(sums, out.numel(), len(row), torch.get_num_threads())
     return out
 
@@ -113,10 +114,9 @@ def _write_rest(
         rest.copy_(torch.from_numpy(values * np.repeat(scales, block_size)[: rest.numel()]))
 
 
-@functools.cache
-def _loop(function: Callable[..., None]) -> Any:
+def _loop(function: Callable[..., None], *, in_any_order: bool = False) -> Any:
     _make_known()
-    return compiled(function, in_any_order=function is _write_sums)
+    return compiled(function, in_any_order=in_any_order)
 
 
 @functools.cache
