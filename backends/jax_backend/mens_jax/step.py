@@ -15,7 +15,7 @@ waits for the device: metrics and the decision to skip an update stay there.
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -25,7 +25,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
-from jax.flatten_util import ravel_pytree
 from numpy.typing import NDArray
 
 from mens_core.errors import DataError, ModelError
@@ -88,15 +87,15 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
     with jax.default_device(device):
         model = load_model(plan)
         graph, adapter, tables, frozen = nnx.split(model, nnx.LoRAParam, Table, ...)
-        vector, unravel = ravel_pytree(adapter)
-        numbers = Numbers(vector, tables)
+        arrays, tree = jax.tree.flatten(adapter)
+        numbers = Numbers(jax.device_put(np.concatenate([np.ravel(array) for array in arrays])), tables)
         first, second = (jax.tree.map(jnp.zeros_like, numbers) for _ in _MOMENTS)
-        trained = Trained(numbers, first, second, jnp.zeros((), jnp.int32))
+        trained = Trained(numbers, first, second, jax.device_put(np.int32(0)))
     # Committed to their device, so that whatever meets them is computed there.
     frozen, trained = jax.device_put((frozen, trained), device)
     return Session(
         plan=plan,
-        structure=Structure(graph, unravel),
+        structure=Structure(graph, tree, tuple(array.shape for array in arrays)),
         frozen=frozen,
         trained=trained,
         adapted=model.adapted,
@@ -269,12 +268,9 @@ def _on_host(numbers: Numbers) -> Numbers:
 
 def _parts(session: Session, numbers: Numbers) -> dict[str, NDArray[np.float32]]:
     """Shared name → view into the numbers, which are on the host, in the order of the model's layers."""
-    stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(numbers.tables)}
-    begin, vector = 0, numbers.vector
-    for path, leaf in nnx.to_flat_state(jax.eval_shape(session.structure.unravel, vector)):
-        shape = leaf.get_value().shape
-        stacks[".".join(map(str, path))] = vector[begin : begin + math.prod(shape)].reshape(shape)
-        begin += math.prod(shape)
+    states = (numbers.tables, session.structure.unravel(numbers.vector))
+    leaves = itertools.chain.from_iterable(map(nnx.to_flat_state, states))
+    stacks = {".".join(map(str, path)): leaf.get_value() for path, leaf in leaves}
     places = [(path, *stacked_name(path)) for path in session.adapted]
     views: dict[str, NDArray[np.float32]] = {}
     for path, stacked, layer in places:
