@@ -7,10 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-__all__ = ["compiled", "in_shares"]
+__all__ = ["MANY", "compiled", "in_shares", "shares"]
 
 _Result = TypeVar("_Result")
 
+MANY = 1 << 16
+"""Numbers from which a loop over them repays that it is called from Python, and in a run that it is compiled."""
 # Numbers for which one more thread pays.
 _SHARE = 1 << 20
 
@@ -46,9 +48,14 @@ def in_shares(task: Callable[[int, int], _Result], blocks: int, block_size: int,
         block_size: numbers in a block; few numbers are not worth a thread.
         threads: at most so many.
     """
-    shares = max(1, min(threads, blocks * block_size // _SHARE))
-    if shares == 1:
+    count = shares(blocks * block_size, threads)
+    if count == 1:
         return [task(0, blocks)]
-    edges = [blocks * share // shares for share in range(shares + 1)]
-    with ThreadPoolExecutor(shares) as pool:
+    edges = [blocks * share // count for share in range(count + 1)]
+    with ThreadPoolExecutor(count) as pool:
         return list(pool.map(task, edges[:-1], edges[1:]))
+
+
+def shares(numbers: int, threads: int) -> int:
+    """How many threads, of at most so many, are worth so many numbers; one at least."""
+    return max(1, min(threads, numbers // _SHARE))

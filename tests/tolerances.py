@@ -36,6 +36,11 @@ ADAMW = 2e-5
 # 4.2e-5.
 TRAJECTORY = 2e-4
 
+# GELU's values and slopes in float32 against float64, relative to the result or to one, whichever is larger: the
+# rounding of a result, of 6e-8, and of what it is made from. Observed: 1.4e-7 and 2.0e-7; PyTorch's own are 1.4e-7 and
+# 1.0e-6.
+GELU = 3e-7
+
 # W + s * B A in float32 against float64, relative to the largest entry: a sum of rank + 1 terms, rounded each time.
 # Observed: torch 1.6e-7, JAX 1.1e-7.
 MERGE = 1e-6

@@ -12,6 +12,7 @@ from mens_core.costs import COSTS
 from mens_core.exchange import BatchShape
 from mens_core.hf.layout import read_layout
 from mens_core.plan import MEMORY_PARTS, Speed, Workload
+from mens_core.plugins import load_backend
 
 WORK = Workload(
     shape=BatchShape(rows=2, tokens=512, longest_row=256, supervised=160, batches=1),
@@ -174,6 +175,26 @@ def test_the_torch_backend_counts_the_chunk_that_its_loss_uses():
 
     assert inspect.signature(loss.supervised_loss).parameters["chunk"].default == memory._CHUNK
     assert loss._IN_CACHE == memory._IN_CACHE
+
+
+def test_the_torch_backend_counts_the_loops_that_it_compiles(folders):
+    backend = load_backend("torch")
+
+    def framework(family, tokens=1 << 20, **fields):
+        contract = FineTuneContract.from_fields(
+            trains=False, model=str(folders[family]), **{"device": "cpu", "rank": 4} | fields
+        )
+        work = attrs.evolve(WORK, shape=attrs.evolve(WORK.shape, tokens=tokens))
+        offer = backend.plan(
+            contract, read_layout(folders[family]), tiny.MACHINE, tiny.weights_of(folders[family]), work
+        )
+        return offer.memory["framework"]
+
+    without = framework("gpt2", tokens=16)
+    assert framework("gpt2") > without
+    assert framework("llama") == without
+    assert framework("llama", dtype="bfloat16") == framework("gpt2", dtype="bfloat16") == framework("gpt2")
+    assert framework("gpt2", method="qlora") == framework("gpt2", method="qlora", tokens=16), "it has them anyway"
 
 
 @pytest.mark.parametrize("part", ["tokens", "supervised", "longest_row"])

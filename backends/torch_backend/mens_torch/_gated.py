@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor as Array
 from torch import nn
-from torch.nn import functional
 from transformers.activations import SiLUActivation
 
+from mens_torch._activations import SiLU
 from mens_torch._remade import Origin, remember
 from mens_torch._trial import gives_the_bits_of
 
@@ -42,42 +42,43 @@ def fuse_gates(network: Any, dtype: torch.dtype) -> None:
         if children.keys() == _CHILDREN and type(children["act_fn"]) in {nn.SiLU, SiLUActivation}:
             width, device = module.gate_proj.in_features, next(module.parameters()).device
             x = torch.linspace(-2, 2, _ROWS * width, device=device).view(1, _ROWS, width).to(dtype)
+            children["act_fn"] = SiLU()
             fused = _fused(children, again=dtype == torch.float32)
             if gives_the_bits_of(module, fused, x):
-                module.forward = fused
+                module.forward, module.act_fn = fused, children["act_fn"]
 
 
 def _fused(parts: dict[str, Any], *, again: bool) -> Callable[[Array], Array]:
     """The layer's forward pass; ``again`` lets down_proj make h again as well, as ``_remade`` does with a GELU."""
-    gate, up, down = (parts[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    gate, up, down, silu = (parts[name] for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+
+    def gated(g: Array, u: Array) -> Array:
+        return cast("Array", silu.values(g).mul_(u))
 
     def forward(x: Array) -> Array:
         g, u = gate(x), up(x)
         if not torch.is_grad_enabled():
-            return cast("Array", down(_gated(g, u)))
-        h: Array = _node(g, u)  # type: ignore[no-untyped-call]
+            return cast("Array", down(gated(g, u)))
+        h: Array = _node(g, u, silu)  # type: ignore[no-untyped-call]
         if again:
-            remember(h, Origin(_gated, (g, u)))
+            remember(h, Origin(gated, (g, u)))
         return cast("Array", down(h))
 
     return forward
 
 
-def _gated(g: Array, u: Array) -> Array:
-    return functional.silu(g).mul_(u)
-
-
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Array, u: Array) -> Array:
+    def forward(ctx: Any, g: Array, u: Array, silu: SiLU) -> Array:
         ctx.save_for_backward(g, u)
-        return _gated(g, u)
+        ctx.silu = silu
+        return silu.values(g).mul_(u)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Array) -> tuple[Array, Array]:
+    def backward(ctx: Any, *grads: Array) -> tuple[Array, Array, None]:
         g, u = ctx.saved_tensors
-        # The two operations that autograd makes of these, and so the same bits.
-        return torch.ops.aten.silu_backward(grads[0] * u, g), functional.silu(g).mul_(grads[0])
+        # The two operations that autograd makes of these, and so, where PyTorch makes them, the same bits.
+        return ctx.silu.slopes(grads[0] * u, g), ctx.silu.values(g).mul_(grads[0]), None
 
 
 # Without the look for functorch's wrappers, as in _adapted.

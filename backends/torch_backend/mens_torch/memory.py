@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mens_core.compiled import MANY
 from mens_core.contract import FineTuneContract
 from mens_core.costs import adapted_linears, rows_memory, standing_memory, states_memory, whole_parameters
 from mens_core.hf.families import REGISTRY
@@ -44,6 +45,9 @@ _MIB = 1 << 20
 # Of a process that has loaded PyTorch 2.13, transformers 5.23 and one model's code, and for qlora bitsandbytes 0.50
 # and numba 0.68 with what it compiles; for lora the same to 3 MiB over the models tried.
 _FRAMEWORK = {"lora": 400 * _MIB, "qlora": 540 * _MIB}
+# Of lora, numba with the loops of GPT-2's activation function, and in bfloat16 of gates, where there is enough for
+# them (_activations).
+_LOOPS = 120 * _MIB
 # A CUDA context with cuBLAS' workspace, as NVIDIA's tools commonly show it; not measured here.
 _CUDA_FRAMEWORK = 600 * _MIB
 # The chunk of ``loss.supervised_loss`` and the logits of it that pass the softmax together on a CPU.
@@ -91,6 +95,8 @@ def memory_parts(
         short += _MASKED * tokens * layout.intermediate_size * width
     softmax = min(max(1, _IN_CACHE // layout.vocab_size), chunk) if on_cpu else chunk
     whole = whole_parameters(layout, contract.adapter)
+    loops = layout.family == "gpt2" or (dtype == "bfloat16" and layout.family not in _PLAIN_GATES)
+    loops &= contract.adapter.method == "lora" and tokens * layout.intermediate_size >= MANY
     standing, head = standing_memory(layout, weights, contract, dtype), whole.get(HEAD, 0)
     # A batch's own gradient of the head is there, beside the window's, before anything goes backward.
     standing["gradients"] += 4 * head
@@ -99,7 +105,7 @@ def memory_parts(
     # That of an embedding comes when nothing else is kept any more.
     table = 4 * max((numbers for name, numbers in whole.items() if name != HEAD), default=0)
     parts = {
-        "framework": _FRAMEWORK[contract.adapter.method] if on_cpu else _CUDA_FRAMEWORK,
+        "framework": _FRAMEWORK[contract.adapter.method] + loops * _LOOPS if on_cpu else _CUDA_FRAMEWORK,
         **standing,
         "activations": max(kept + short, table),
         "logits": layout.vocab_size * (chunk * width + 2 * softmax * 4) + rounded,

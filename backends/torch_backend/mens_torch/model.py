@@ -6,7 +6,7 @@ transformers' own graph runs; eight things are replaced::
     attention              ─▶ packed_attention        (by transformers' AttentionInterface, see _packing)
     head and loss          ─▶ loss.supervised_loss    (on the hidden states of supervised positions)
     what is trained whole  ─▶ a master in float32     (embeddings, norms, the head, see _whole)
-    GELU in eight steps    ─▶ the same GELU in one    (GPT-2's; one kernel, and one tensor kept for the backward)
+    GELU in eight steps    ─▶ the same GELU in one    (GPT-2's, see _activations)
     RMS norms              ─▶ one node each           (those that give its very bits, see _rms_norm)
     gated layers           ─▶ a gate in one node      (the same, see _gated)
     rotary positions       ─▶ one node a layer        (the same, see _rotary)
@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from mens_core.exchange import NF4Spec
 from mens_core.hf.fit import HEAD
 from mens_core.plan import ExecutionPlan
+from mens_torch._activations import GELU
 from mens_torch._checkpointing import checkpoint_layers
 from mens_torch._gated import fuse_gates
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
@@ -100,7 +101,7 @@ def load_model(plan: ExecutionPlan) -> Model:
     _convert(network, plan)
     for path, module in list(network.named_modules()):
         if type(module) is NewGELUActivation:
-            network.set_submodule(path, nn.GELU(approximate="tanh"))
+            network.set_submodule(path, GELU())
     if plan.contract.training.gradient_checkpointing:
         checkpoint_layers(network)
     whole = train_whole(network, plan)

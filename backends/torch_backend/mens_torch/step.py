@@ -29,6 +29,7 @@ from mens_core.errors import ContractError, DataError, ModelError
 from mens_core.exchange import IGNORE, Batch, BatchShape, StepMetrics, TrainingState
 from mens_core.hf.fit import HEAD
 from mens_core.plan import ExecutionPlan
+from mens_torch._activations import compile_for
 from mens_torch.dropout import Dropout, dropout_of
 from mens_torch.loss import supervised_loss
 from mens_torch.model import Model, hidden_states, load_model, logits, set_dropout
@@ -74,13 +75,12 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
 
     Args:
         plan: what will be done.
-        shape: the largest batch; PyTorch takes any shape, a backend that compiles needs it.
+        shape: the largest batch; PyTorch takes any shape, but a large one is worth compiling for.
 
     Raises:
         ModelError: if weights are missing, left over, wrongly shaped or not finite.
         ContractError: if a target names no linear layer, or this process lowered float32 precision.
     """
-    del shape
     if plan.dtype == "float32" and torch.get_float32_matmul_precision() != "highest":
         raise ContractError(
             "this process lets PyTorch multiply float32 matrices in a lower precision",
@@ -88,6 +88,8 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
             fix='torch.set_float32_matmul_precision("highest"), or --dtype bfloat16',
         )
     model = load_model(plan)
+    widest = torch.zeros(1, dtype=getattr(torch, plan.dtype), device=plan.device)
+    compile_for(model.network, widest.expand(shape.tokens, plan.layout.intermediate_size))
     parameters: dict[str, Array] = {}
     for path, layer in model.adapters.items():
         parameters[f"{path}.lora_A.weight"], parameters[f"{path}.lora_B.weight"] = layer.lora_a, layer.lora_b
