@@ -24,6 +24,11 @@ def _however_few(monkeypatch):
     monkeypatch.setattr(_activations, "MANY", 1)
 
 
+def _ready(activation, dtype):
+    activation.make_ready(torch.zeros(1, dtype=dtype).expand(compiled.MANY))
+    return activation
+
+
 def _both(function, x, grad):
     """Values and slopes."""
     x = x.clone().requires_grad_()
@@ -56,7 +61,7 @@ def _same_bits(found, expected):
 def test_gelu_in_float32_is_exact_to_its_rounding():
     x, drawn = torch.linspace(-12, 12, 200_001), torch.Generator().manual_seed(0)
     x, ones = torch.cat([x, torch.randn(100_000, generator=drawn)]), torch.ones(300_001)
-    assert _near(_both(GELU(), x, ones), _pytorchs(x.double(), ones.double())) == [True, True]
+    assert _near(_both(_ready(GELU(), torch.float32), x, ones), _pytorchs(x.double(), ones.double())) == [True, True]
 
 
 def test_a_series_of_fewer_terms_would_be_seen(monkeypatch):
@@ -71,14 +76,15 @@ def test_a_series_of_fewer_terms_would_be_seen(monkeypatch):
 @pytest.mark.usefixtures("_however_few")
 def test_gelu_of_numbers_without_bounds_and_of_what_is_no_number():
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 1e-40, -0.0])
-    values, slopes = _both(GELU(), x, torch.ones(7))
+    gelu = _ready(GELU(), torch.float32)
+    values, slopes = _both(gelu, x, torch.ones(7))
     assert values[0].isnan()
     assert slopes[0].isnan()
     assert values[[1, 3, 5, 6]].tolist() == [torch.inf, x[3], pytest.approx(5e-41, rel=1e-4), 0]
     assert slopes[[1, 3, 5, 6]].tolist() == [1, 1, 0.5, 0.5]
     assert values[[2, 4]].abs().max() < 1e-27
     assert slopes[[2, 4]].abs().max() < 1e-26
-    _, slopes = _both(GELU(), torch.ones(3), torch.tensor([torch.nan, torch.inf, -torch.inf]))
+    _, slopes = _both(gelu, torch.ones(3), torch.tensor([torch.nan, torch.inf, -torch.inf]))
     assert slopes[0].isnan()
     assert slopes[1:].tolist() == [torch.inf, -torch.inf]
 
@@ -87,18 +93,20 @@ def test_gelu_of_numbers_without_bounds_and_of_what_is_no_number():
 def test_in_bfloat16_every_bit_of_gelu_is_pytorchs():
     drawn = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     for grad in (drawn, EVERY, EVERY.flip(0)):
-        for found, expected in zip(_both(GELU(), EVERY, grad), _pytorchs(EVERY, grad), strict=True):
+        for found, expected in zip(
+            _both(_ready(GELU(), torch.bfloat16), EVERY, grad), _pytorchs(EVERY, grad), strict=True
+        ):
             _same_bits(found, expected)
 
 
 def test_in_bfloat16_every_bit_of_silu_is_pytorchs_and_its_slopes_are_rounded_once(monkeypatch):
     drawn = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = functional.silu(EVERY)
+    expected, silu = functional.silu(EVERY), _ready(SiLU(), torch.bfloat16)
     wide = ATEN.silu_backward(torch.ones(1 << 16), EVERY.float())
-    assert not SiLU().has_loop(EVERY[:1])
+    assert not silu.has_loop(EVERY[:1])
     monkeypatch.setattr(_activations, "MANY", 1)
-    assert SiLU().has_loop(EVERY[:1])
-    found = _both(SiLU(), EVERY, drawn)
+    assert silu.has_loop(EVERY[:1])
+    found = _both(silu, EVERY, drawn)
     _same_bits(found[0], expected)
     _same_bits(found[1], (wide * drawn.float()).bfloat16())
 
@@ -107,34 +115,38 @@ def test_in_bfloat16_every_bit_of_silu_is_pytorchs_and_its_slopes_are_rounded_on
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_threads_and_other_layouts_give_the_same_bits(monkeypatch, dtype):
     drawn = torch.randn(2, 30, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x, grad = drawn
-    expected = _both(GELU(), x, grad)
+    (x, grad), gelu = drawn, _ready(GELU(), dtype)
+    expected = _both(gelu, x, grad)
     monkeypatch.setattr(compiled, "_SHARE", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     apart = torch.zeros(50, 60, dtype=dtype).t()[::2]
     for layout in (x, apart.copy_(x)):
         for slope in (grad, torch.zeros(50, 30, dtype=dtype).t().copy_(grad)):
-            assert all(map(torch.equal, _both(GELU(), layout, slope), expected))
-    ones = _both(GELU(), x, torch.ones_like(x))
+            assert all(map(torch.equal, _both(gelu, layout, slope), expected))
+    ones = _both(gelu, x, torch.ones_like(x))
     x = x.clone().requires_grad_()
-    GELU()(x).sum().backward()
+    gelu(x).sum().backward()
     assert torch.equal(x.grad, ones[1]), "one number, expanded"
 
 
 def test_pytorch_takes_few_numbers_other_formats_and_what_many_threads_share(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     many = torch.zeros(1).expand(compiled.MANY)
-    assert GELU().has_loop(many)
-    assert GELU().has_loop(many.bfloat16())
-    assert SiLU().has_loop(many.bfloat16())
-    assert not SiLU().has_loop(many)
-    assert not GELU().has_loop(many[1:])
-    assert not GELU().has_loop(many.half())
-    assert not GELU().has_loop(many.double())
-    assert not GELU().has_loop(many.to("meta"))
+
+    def taken(kind, x):
+        activation = kind()
+        activation.make_ready(x)
+        return activation.has_loop(x)
+
+    assert taken(GELU, many)
+    assert taken(GELU, many.bfloat16())
+    assert taken(SiLU, many.bfloat16())
+    assert not taken(SiLU, many)
+    assert not any(taken(GELU, other) for other in (many[1:], many.half(), many.double(), many.to("meta")))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
-    assert not GELU().has_loop(many), "each of which would take less than one of ours"
-    assert GELU().has_loop(torch.zeros(1).expand(32, 1 << 20))
+    assert not taken(GELU, many), "each of which would take less than one of ours"
+    assert taken(GELU, torch.zeros(1).expand(32, 1 << 20))
+    assert not GELU().has_loop(torch.zeros(1).expand(32, 1 << 20)), "nobody made it ready"
 
 
 @pytest.mark.parametrize(("named", "dtype"), [("gpt2", "float32"), ("gpt2", "bfloat16"), ("llama", "bfloat16")])
@@ -171,8 +183,9 @@ def test_loops_are_compiled_while_a_model_opens_whose_batches_are_large(folders,
     monkeypatch.setattr(_activations, "_written", lambda loop, x, grad, *_: made.append((loop, grad is None)) or x)
     large = attrs.evolve(tiny.SHAPE, tokens=1 << 20)
     backend.open(tiny.plan_for(backend, folders[named], dtype=dtype), tiny.SHAPE)
+    backend.open(tiny.plan_for(backend, folders[named], dtype=dtype), attrs.evolve(large, supervised=1))
     backend.open(tiny.plan_for(backend, folders["llama"]), large)
-    assert not made
+    assert not made, "of few tokens, of a prompt, of a function without a loop"
     backend.open(tiny.plan_for(backend, folders[named], dtype=dtype), large)
     loop = getattr(_activations, loop)
     assert set(made) == {(loop, True), (loop, False)}

@@ -62,6 +62,7 @@ class Activation(nn.Module):
     def __init__(self, function: _Function, slope: _Slope, loop: _Loop | None) -> None:
         super().__init__()
         self._function, self._slope, self._loop = function, slope, loop
+        self._ready = False
 
     def forward(self, x: Array) -> Array:
         """Map a tensor of any shape."""
@@ -80,17 +81,22 @@ class Activation(nn.Module):
 
     def has_loop(self, x: Array) -> bool:
         """Whether a loop takes this; if not, PyTorch does."""
-        # The cheapest first, since a tiny model asks as often as a large one.
+        return self._ready and self._is_worth_it(x)
+
+    def make_ready(self, x: Array) -> None:
+        """Let loops take tensors like this one from now on, if they are worth it; they are compiled now."""
+        if self._is_worth_it(x):
+            one = torch.zeros(1, dtype=x.dtype)
+            self._looped(one, self._looped(one, None))
+            self._ready = True
+
+    def _is_worth_it(self, x: Array) -> bool:
+        # The cheapest first, since a tiny batch asks as often as a large one.
         if x.numel() < MANY or not x.is_cpu:
             return False
         threads = torch.get_num_threads()
         known = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and self._loop is not None)
         return known and threads <= _AHEAD * shares(x.numel(), threads)
-
-    def make_ready(self, dtype: torch.dtype) -> None:
-        """Compile what a tensor of that format will need, if it has a loop."""
-        one = torch.zeros(1, dtype=dtype)
-        self._looped(one, self._looped(one, None))
 
     def _looped(self, x: Array, grad: Array | None) -> Array:
         if x.dtype == torch.bfloat16:
@@ -113,15 +119,15 @@ class SiLU(Activation):
 
 
 def compile_for(network: Any, x: Array) -> None:
-    """Compile the loops that a network will need: it takes a second and 120 MiB, which the plan counts.
+    """Compile the loops of a network that will run for long: it takes a second and 120 MiB, which the plan counts.
 
     Args:
         network: transformers' model.
         x: as large as what will enter its activation functions, of that format and on that device.
     """
     for module in network.modules():
-        if isinstance(module, Activation) and module.has_loop(x):
-            module.make_ready(x.dtype)
+        if isinstance(module, Activation):
+            module.make_ready(x)
 
 
 class _Activation(torch.autograd.Function):

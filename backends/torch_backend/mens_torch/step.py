@@ -88,8 +88,10 @@ def open_session(plan: ExecutionPlan, shape: BatchShape) -> Session:
             fix='torch.set_float32_matmul_precision("highest"), or --dtype bfloat16',
         )
     model = load_model(plan)
-    widest = torch.zeros(1, dtype=getattr(torch, plan.dtype), device=plan.device)
-    compile_for(model.network, widest.expand(shape.tokens, plan.layout.intermediate_size))
+    if shape.supervised > 1:
+        # A prompt, which is read once, would not repay it.
+        widest = torch.zeros(1, dtype=getattr(torch, plan.dtype), device=plan.device)
+        compile_for(model.network, widest.expand(shape.tokens, plan.layout.intermediate_size))
     parameters: dict[str, Array] = {}
     for path, layer in model.adapters.items():
         parameters[f"{path}.lora_A.weight"], parameters[f"{path}.lora_B.weight"] = layer.lora_a, layer.lora_b
