@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from mens_torch import _adapted, _heap, _remade
+from mens_torch._activations import GELU
 
 from mens_core.exchange import TrainingState
 from mens_core.plugins import load_backend
@@ -80,6 +81,16 @@ def test_an_input_that_is_handed_over_by_name_is_kept():
     _remade.remember_outputs(norm, torch.float32)
     assert _remade.origin_of(norm(x)) == (norm.forward, (x,))
     assert _remade.origin_of(norm(input=x)) is None
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.GELU, GELU])
+def test_what_is_cheap_to_make_again_says_what_it_was_made_from(kind):
+    module, x = kind(4) if kind is torch.nn.LayerNorm else kind(), torch.ones(2, 4, requires_grad=True)
+    assert _remade.origin_of(module(x)) is None
+    _remade.remember_outputs(module, torch.bfloat16)
+    assert (_remade.origin_of(module(x)) is not None) == (kind is torch.nn.LayerNorm)
+    _remade.remember_outputs(module, torch.float32)
+    assert _remade.origin_of(module(x)) == (module.forward, (x,))
 
 
 def test_only_the_whole_of_a_tensor_has_its_origin():

@@ -41,7 +41,7 @@ def remember_outputs(network: Any, dtype: torch.dtype) -> None:
         network: transformers' model.
         dtype: what it computes in.
     """
-    kinds = (nn.LayerNorm, GELU) if dtype == torch.float32 else nn.LayerNorm
+    kinds = (nn.LayerNorm, nn.GELU, GELU) if dtype == torch.float32 else nn.LayerNorm
     for module in network.modules():
         if isinstance(module, kinds):
             module.register_forward_hook(_remember_output)
