@@ -176,6 +176,18 @@ def test_an_answer_leaves_the_attention_as_it_was(backend, graph):
     assert (before == "mens_packed") == session.packed
 
 
+def test_only_a_linear_without_an_adapter_tells_its_weight(folders):
+    """Code that reads a weight past ``forward`` would lose an adapter, and nothing else."""
+    backend = load_backend("torch")
+    for method in ("lora", "qlora"):
+        session = backend.open(tiny.plan_for(backend, folders["llama"], method=method, targets=("q_proj",)), tiny.SHAPE)
+        linears = {path: module for path, module in session.model.decoder.named_modules() if hasattr(module, "lora_a")}
+        assert len(linears) == 14, "all of two layers"
+        for path, linear in linears.items():
+            assert (linear.rank > 0) == path.endswith("q_proj")
+            assert hasattr(linear, "weight") == (linear.rank == 0 and method == "lora")
+
+
 def test_nf4_codes_are_made_from_the_files_own_values(backend, folders):
     session = backend.open(tiny.plan_for(backend, folders["gpt2"], method="qlora", dtype="bfloat16"), tiny.SHAPE)
     for path, module in references.linears(references.open_model(folders["gpt2"])).items():

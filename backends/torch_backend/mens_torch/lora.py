@@ -42,8 +42,10 @@ class LoraLinear(nn.Module):
         super().__init__()
         out, self.in_features = weight.shape
         device = weight.codes.device if isinstance(weight, NF4Weight) else weight.device
-        # Not a module attribute called "weight": code that reads it past forward would lose the adapter in silence.
         self.frozen, self.bias, self.rank, self.scale = weight, bias, rank, scale
+        if rank == 0 and isinstance(weight, Array):
+            # Of none with an adapter, which code that reads a weight past forward would lose in silence.
+            self.weight = weight
         self.dropout: Dropout | None = None
         self.siblings: Siblings | None = None
         self.lora_a = nn.Parameter(torch.zeros(rank, self.in_features, device=device), requires_grad=rank > 0)

@@ -2,7 +2,7 @@
 
 transformers' own graph runs; eight things are replaced::
 
-    linears of the decoder ─▶ LoraLinear              (every targeted one; with qlora all, in NF4)
+    linears of the decoder ─▶ LoraLinear              (of rank 0 where none is targeted; with qlora in NF4)
     attention              ─▶ packed_attention        (by transformers' AttentionInterface, see _packing)
     head and loss          ─▶ loss.supervised_loss    (on the hidden states of supervised positions)
     what is trained whole  ─▶ a master in float32     (embeddings, norms, the head, see _whole)
@@ -178,7 +178,7 @@ def _run(model: Model, part: Any, input_ids: Array, positions: Array, rows: tupl
 
 
 def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
-    """Replace linears of the decoder: the targeted ones, and for qlora every one."""
+    """Replace every linear of the decoder, with an adapter or without one; returns those with one."""
     adapter, quant = plan.contract.adapter, plan.contract.quant
     spec = NF4Spec(block_size=quant.block_size, double_quant=quant.double_quant)
     head, inside = network.get_output_embeddings(), set(network.base_model.modules())
@@ -191,11 +191,10 @@ def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
     layers: dict[str, LoraLinear] = {}
     files = MappedFiles(plan.model_dir)
     for path, module in linears.items():
-        if path not in chosen and adapter.method == "lora":
-            continue
         weight = module.weight.detach().to(plan.device)
         weight = weight.t() if isinstance(module, Conv1D) else weight
-        bias = None if module.bias is None else module.bias.detach().to(plan.device, getattr(torch, plan.dtype))
+        dtype = getattr(torch, plan.dtype) if adapter.method == "qlora" else weight.dtype
+        bias = None if module.bias is None else module.bias.detach().to(plan.device, dtype)
         frozen = quantize(weight, spec) if adapter.method == "qlora" else weight
         rank = adapter.rank_of(path) if path in chosen else 0
         layers[path] = LoraLinear(frozen, bias, rank, adapter.scale_of(path))
