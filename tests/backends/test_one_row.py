@@ -20,39 +20,47 @@ def _drawn(*shape, seed=0):
 
 
 def _near(found, x, weight, bias):
-    """Within what sums of float32 may lose: k · 2⁻²⁴ of the sum of the absolute values (Higham 2002, section 3.1)."""
-    assert found.dtype == torch.float32
+    """Within what sums of float32 may lose: k · 2⁻²⁴ of the sum of the absolute values (Higham 2002, section 3.1).
+
+    In bfloat16 what they come to is rounded to 2⁻⁸.
+    """
+    assert found.dtype == x.dtype
+    rounding = 0.0 if found.dtype == torch.float32 else 2**-8
     x, weight, bias = x.double(), weight.double(), bias.double()
-    bound = (x.shape[-1] + 2) * 2**-24 * (x.abs() @ weight.abs().t() + bias.abs())
-    return bool(((found.double() - (x @ weight.t() + bias)).abs() <= bound).all())
+    exact = x @ weight.t() + bias
+    lost = (x.shape[-1] + 2) * 2**-24 * (x.abs() @ weight.abs().t() + bias.abs())
+    return bool(((found.double() - exact).abs() <= lost + rounding * (exact.abs() + lost)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (21, 34), (64, 32), (130, 67)], ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])
-def test_one_row_is_exact_to_float32(monkeypatch, size, threads, transposed):
+def test_one_row_is_exact_to_the_sums_of_float32(monkeypatch, size, threads, transposed, dtype):
     monkeypatch.setattr(compiled, "_SHARE", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     out, into = size
-    weight = _drawn(into, out, seed=1).t() if transposed else _drawn(out, into, seed=1)
-    x, bias = _drawn(1, 1, into), _drawn(out, seed=2)
+    weight = _drawn(into, out, seed=1).to(dtype).t() if transposed else _drawn(out, into, seed=1).to(dtype)
+    x, bias = _drawn(1, 1, into).to(dtype), _drawn(out, seed=2).to(dtype)
     found = row_product(x, weight, bias)
     assert found.shape == (1, 1, out)
     assert _near(found, x, weight, bias)
     assert _near(row_product(x, weight, None), x, weight, torch.zeros(out))
-    assert not _near(row_product(x * (1 + 2**-8), weight, bias), x, weight, bias), "the twin: as good as bfloat16"
+    coarser = 2**-8 if dtype == torch.float32 else 2**-4
+    assert not _near(row_product(x * (1 + coarser), weight, bias), x, weight, bias), "the twin: rounded to fewer bits"
 
 
-def test_what_is_not_finite_stays_so():
-    weight = _drawn(8, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_so(dtype):
+    weight = _drawn(8, 16).to(dtype)
     weight[1, 3], weight[6, 0] = float("inf"), float("nan")
     for held in (weight, weight.t().contiguous().t()):
-        found = row_product(torch.ones(1, 16), held, None)[0]
+        found = row_product(torch.ones(1, 16, dtype=dtype), held, None)[0]
         assert found[1] == float("inf")
         assert torch.isnan(found).tolist() == [False] * 6 + [True, False]
 
 
-def test_only_one_row_and_a_large_float32_weight_of_one_piece_are_taken(monkeypatch):
+def test_only_one_row_and_a_large_weight_of_one_piece_are_taken(monkeypatch):
     monkeypatch.setattr(_one_row, "_MANY", 8 * 16)
     row, weight = torch.ones(1, 1, 16), torch.ones(8, 16)
     assert is_one_row(row, weight)
@@ -60,8 +68,9 @@ def test_only_one_row_and_a_large_float32_weight_of_one_piece_are_taken(monkeypa
     assert not is_one_row(torch.ones(2, 16), weight)
     assert not is_one_row(row, weight[1:])
     assert not is_one_row(row, torch.ones(8, 32)[:, :16])
-    assert not is_one_row(row.bfloat16(), weight.bfloat16())
+    assert is_one_row(row.bfloat16(), weight.bfloat16())
     assert not is_one_row(row, weight.bfloat16())
+    assert not is_one_row(row.half(), weight.half())
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mens_torch import _products
+from mens_torch import _products, _widened
 from mens_torch._products import linear, linear_into, product
 from torch.nn import functional
 
@@ -97,6 +97,7 @@ def test_what_has_its_place_is_written_there(taken, monkeypatch):
 
 def test_small_ones_and_bfloat16_go_pytorchs_own_way(taken, monkeypatch):
     x, weight = _drawn(9, 33), _drawn(20, 33, seed=1)
+    monkeypatch.setattr(_widened, "_has_bfloat16", lambda: True)
     assert torch.equal(linear(x.bfloat16(), weight.bfloat16()), functional.linear(x.bfloat16(), weight.bfloat16()))
     monkeypatch.setattr(_products, "_MANY", 9 * 33 * 20 + 1)
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
@@ -120,7 +121,11 @@ def test_it_is_the_processor_that_decides(monkeypatch, tmp_path, vendor, capabil
     assert _products._held_back.__wrapped__() is False
 
 
-@pytest.mark.parametrize("fields", [{}, {"dropout": 0.3}, {"method": "qlora"}], ids=["lora", "dropout", "qlora"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"dropout": 0.3}, {"method": "qlora"}, {"targets": ("q_proj",)}],
+    ids=["lora", "dropout", "qlora", "few of its linears"],
+)
 def test_a_step_has_the_slopes_of_pytorchs_own_products(folders, taken, monkeypatch, fields):
     def moments():
         backend = load_backend("torch")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor as Array
 
 from mens_torch._formats import rounded
-from mens_torch._products import linear, product
+from mens_torch._products import add_update, linear, product, slope
 from mens_torch._remade import Origin, origin_of
 from mens_torch._scratch import scratch
 from mens_torch.dropout import Dropout
@@ -91,7 +91,7 @@ def adapted_alone(x: Array, layer: Adapted, scale: float) -> Array:
 def _updated(y: Array, entered: Array, layer: Adapted, scale: float) -> Array:
     """Add s · (x Aᵀ) Bᵀ to y, in place; returns x Aᵀ, (T, R), of x in rows."""
     down = linear(entered, rounded(layer.lora_a, y.dtype))
-    y.view(-1, y.shape[-1]).addmm_(down, rounded(layer.lora_b, y.dtype).t(), alpha=scale)
+    add_update(y.view(-1, y.shape[-1]), down, rounded(layer.lora_b, y.dtype).t(), scale)
     return down
 
 
@@ -135,12 +135,15 @@ class _Adapted(torch.autograd.Function):
             rows = (tensors[0] if ctx.make is None else ctx.make(*tensors)).reshape(-1, ctx.shape[-1])
             up = _joined([product(dy, rounded(b, dy.dtype)) for dy, b in zip(dys, factors[1::2], strict=True)], dim=1)
             kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
-            of_a = _slope(up, rows if kept is None else rows * kept, scale)
+            of_a = slope(up, rows if kept is None else rows * kept, scale)
             slopes[0::2] = of_a.split_with_sizes([layer.lora_a.shape[0] for layer in layers])
-            slopes[1::2] = [_slope(dy, down, scale) for dy, down in zip(dys, downs, strict=True)]
+            slopes[1::2] = [slope(dy, down, scale) for dy, down in zip(dys, downs, strict=True)]
             if dx is not None:
                 lora_a = rounded(_joined(factors[0::2]), up.dtype)
-                _ = dx.addmm_(up, lora_a, alpha=scale) if kept is None else dx.addcmul_(up @ lora_a, kept, value=scale)
+                if kept is None:
+                    add_update(dx, up, lora_a, scale)
+                else:
+                    dx.addcmul_(product(up, lora_a), kept, value=scale)
         return None if dx is None else dx.view(ctx.shape), None, None, None, None, *slopes
 
 
@@ -155,12 +158,6 @@ def _dense(weight: Array | NF4Weight, dtype: torch.dtype) -> Array:
     if weight.codes.device.type != "cpu":
         return dequantize(weight, dtype)
     return weight.write(scratch(math.prod(weight.shape), dtype))
-
-
-def _slope(out: Array, entered: Array, scale: float) -> Array:
-    """S · outᵀ entered, summed over the rows; what is summed up is multiplied before it is rounded to bfloat16."""
-    # With beta 0 the first is read for its format alone.
-    return rounded(torch.addmm(out.new_empty(()), out.t(), entered, beta=0, alpha=scale), torch.float32)
 
 
 def _rescaled(scale: float, dropout: Dropout | None) -> float:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor as Array
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from mens_torch._formats import rounded
+from mens_torch._widened import wide
 from mens_torch.attention import packed_attention
 
 __all__ = ["PACKED", "PROVING", "RefusedError", "register"]
@@ -100,6 +102,7 @@ def _spelled_out(
     """
     group, length = query.shape[1] // key.shape[1], query.shape[0]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    dtype, query, key, value = value.dtype, wide(query), wide(key), wide(value)
     scores = torch.einsum("qhe,khe->hqk", query, key).float() * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
@@ -108,4 +111,4 @@ def _spelled_out(
     if sinks is not None:
         scores = torch.cat([scores, sinks.float()[:, None, None].expand(-1, length, 1)], dim=-1)
     weights = scores.softmax(dim=-1)[..., :length].to(value.dtype)
-    return torch.einsum("hqk,khe->qhe", weights, value)
+    return rounded(torch.einsum("hqk,khe->qhe", weights, value), dtype)

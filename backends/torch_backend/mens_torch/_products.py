@@ -1,4 +1,4 @@
-"""Products of float32 matrices on a CPU, by others where MKL holds back.
+"""Products of matrices on a CPU, by others than PyTorch's own where those hold back.
 
 PyTorch gives float32 to Intel's MKL, which runs its AVX-512 kernels on Intel's processors alone, and bfloat16 to
 oneDNN, which goes by what the processor can do. On AMD's Zen 5 a product of float32 takes oneDNN half of MKL's time.
@@ -7,22 +7,25 @@ Both round alike: to float32, after sums in float32.
 oneDNN keeps half a megabyte for each shape it has seen, scattered over the heap, and a batch's tokens are hardly ever
 as many as another's. So it gets rows by the piece, of few sizes; what is left, fewer than the smallest, is MKL's.
 
-One row by itself, on any of AMD's processors, is ``_one_row``'s.
+bfloat16 where the processor has no products of it is ``_widened``'s. One row by itself, of that or of float32 on any of
+AMD's processors, is ``_one_row``'s.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor as Array
 from torch.nn import functional
 
+from mens_torch._formats import rounded
 from mens_torch._one_row import is_one_row, row_product
+from mens_torch._widened import is_widened, write_widened
 
-__all__ = ["linear", "linear_into", "product"]
+__all__ = ["add_update", "linear", "linear_into", "product", "slope"]
 
 # Multiplications from which oneDNN is not slower; below, what it prepares for each call shows.
 _MANY = 1 << 20
@@ -31,6 +34,8 @@ _ROWS = (512, 256, 128, 64)
 # oneDNN writes where it likes; so many columns at a time are still in the cache when they are copied to their place.
 _COLUMNS = 4096
 _CPUINFO = Path("/proc/cpuinfo")
+
+_Writer = Callable[..., None]
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -44,20 +49,23 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     Returns:
         (..., out).
     """
-    if is_one_row(x, weight) and _is_amd():
+    if is_one_row(x, weight) and (is_widened(x) if x.dtype == torch.bfloat16 else _is_amd()):
         return row_product(x, weight, bias)
-    if not _goes_to_onednn(x, len(weight)):
+    write = _writer(x, weight)
+    if write is None:
         return functional.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], len(weight))
-    _write(out.view(-1, len(weight)), x.reshape(-1, x.shape[-1]), weight, bias)
-    return out
+    rows = x.reshape(-1, x.shape[-1])
+    out = x.new_empty(len(rows), len(weight))
+    write(out, rows, weight, bias)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def linear_into(out: Array, x: Array, weight: Array) -> Array:
     """Write x Wᵀ over ``out``, (n, out), from (n, in) and (out, in); returns it."""
-    if not _goes_to_onednn(x, len(weight)):
+    write = _writer(x, weight)
+    if write is None:
         return torch.mm(x, weight.t(), out=out)
-    _write(out, x, weight, None)
+    write(out, x, weight, None)
     return out
 
 
@@ -69,12 +77,41 @@ def product(left: Array, right: Array, out: Array | None = None) -> Array:
         right: (k, m), in its format.
         out: (n, m) to add it to, which is then returned.
     """
-    if not _goes_to_onednn(left, right.shape[1]):
-        return torch.mm(left, right) if out is None else out.addmm_(left, right)
+    write = _writer(left, right.t())
     if out is None:
-        return linear(left, right.t())
-    _write(out, left, right.t(), None, add=True)
+        return torch.mm(left, right) if write is None else linear(left, right.t())
+    if write is None:
+        return out.addmm_(left, right)
+    write(out, left, right.t(), None, 1.0)
     return out
+
+
+def add_update(out: Array, left: Array, right: Array, scale: float) -> None:
+    """Add s · left right, of (n, R) and (R, m), to (n, m): so short an inner length gains nothing from oneDNN."""
+    if is_widened(left) and not _is_short(left, right.t()):
+        write_widened(out, left, right.t(), None, scale)
+    else:
+        out.addmm_(left, right, alpha=scale)
+
+
+def slope(out: Array, entered: Array, scale: float) -> Array:
+    """S · outᵀ entered, (m, k) float32 of (n, m) and (n, k); multiplied before it is rounded to their format."""
+    if is_widened(out):
+        return torch.mm(out.t().float(), entered.float()).mul_(scale)
+    # With beta 0 the first is read for its format alone.
+    return rounded(torch.addmm(out.new_empty(()), out.t(), entered, beta=0, alpha=scale), torch.float32)
+
+
+def _writer(x: Array, weight: Array) -> _Writer | None:
+    """What multiplies these two; None for PyTorch's own products."""
+    if _goes_to_onednn(x, len(weight)):
+        return _write_by_onednn
+    return write_widened if is_widened(x) and not _is_short(x, weight) else None
+
+
+def _is_short(x: Array, weight: Array) -> bool:
+    """Whether it is one row and a weight that PyTorch's own loop over bfloat16 reads as it lies."""
+    return x.numel() == x.shape[-1] and weight.is_contiguous()
 
 
 def _goes_to_onednn(x: Array, out: int) -> bool:
@@ -84,19 +121,20 @@ def _goes_to_onednn(x: Array, out: int) -> bool:
     return enough and x.dtype == torch.float32 and x.device.type == "cpu" and _held_back()
 
 
-def _write(out: Array, x: Array, weight: Array, bias: Array | None, *, add: bool = False) -> None:
+def _write_by_onednn(out: Array, x: Array, weight: Array, bias: Array | None, scale: float | None = None) -> None:
+    """As ``write_widened``, of float32."""
     done = 0
     for rows in _pieces(len(x), weight.numel()):
         for start in range(0, len(weight), _COLUMNS):
             columns = slice(start, start + _COLUMNS)
             made = _by_onednn(x[done : done + rows], weight[columns], None if bias is None else bias[columns])
             place = out[done : done + rows, columns]
-            place.add_(made) if add else place.copy_(made)
+            place.copy_(made) if scale is None else place.add_(made, alpha=scale)
         done += rows
     if done == len(x):
         return
-    if add:
-        out[done:].addmm_(x[done:], weight.t())
+    if scale is not None:
+        out[done:].addmm_(x[done:], weight.t(), alpha=scale)
     elif bias is None:
         torch.mm(x[done:], weight.t(), out=out[done:])
     else:

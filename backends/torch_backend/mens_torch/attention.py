@@ -18,7 +18,9 @@ from torch import Tensor as Array
 from torch.nn import functional
 
 from mens_torch._blockwise import blockwise_attention, is_faster
+from mens_torch._formats import rounded
 from mens_torch._remade import Origin, remember
+from mens_torch._widened import wide
 
 __all__ = ["packed_attention"]
 
@@ -64,15 +66,16 @@ def _joined(*outputs: Array) -> Array:
 def _causal(query: Array, key: Array, value: Array, *, scale: float, window: int | None) -> Array:
     """(N, H, L, E) of N rows that have the same length L."""
     band = _band(query, window)
-    return functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
+    attended = functional.scaled_dot_product_attention(
+        wide(query),
+        wide(key),
+        wide(value),
         attn_mask=band,
         is_causal=band is None,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return rounded(attended, query.dtype)
 
 
 def _band(query: Array, window: int | None) -> Array | None:

@@ -83,7 +83,7 @@ def _add_product(total: Array, left: Array, right: Array) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total.add_(torch.mm(left, right))
+        total.add_(product(left, right))
 
 
 def _turn_into_slopes(scores: Array, chosen: Array, room: Array) -> Array:
