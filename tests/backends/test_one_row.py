@@ -123,9 +123,9 @@ def test_an_answer_made_by_it_has_the_same_tokens(folders, monkeypatch, named, m
     session = backend.open(tiny.plan_for(backend, folders[named], method=method, targets=targets), tiny.SHAPE)
     adapter = tiny.random_adapter(backend.state(session).adapter)
     session = backend.restore(session, TrainingState(adapter=adapter, optimizer={}, step=0))
-    monkeypatch.setattr(_products, "_is_amd", lambda: False)
+    monkeypatch.setattr(_products, "is_amd", lambda: False)
     expected = backend.generate(session, [5, 17, 80, 3, 42], settings)
-    monkeypatch.setattr(_products, "_is_amd", lambda: True)
+    monkeypatch.setattr(_products, "is_amd", lambda: True)
     monkeypatch.setattr(_one_row, "_MANY", 1)
     used = []
     monkeypatch.setattr(

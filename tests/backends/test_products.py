@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mens_torch import _products, _widened
+from mens_torch import _processor, _products, _widened
 from mens_torch._products import linear, linear_into, product
 from torch.nn import functional
 
@@ -23,6 +23,24 @@ def taken(monkeypatch):
     monkeypatch.setattr(_products, "_ROWS", (8, 4, 2, 1))
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(given) or own(*given))
     return calls
+
+
+@pytest.fixture
+def processor_is(monkeypatch, tmp_path):
+    """Lets Linux tell this of the processor, or nothing."""
+
+    def tell(text):
+        told = tmp_path / "cpuinfo"
+        told.unlink(missing_ok=True)
+        if text is not None:
+            told.write_text(text, encoding="utf-8")
+        for function in (_processor.is_amd, _processor.multiplies_bfloat16):
+            function.cache_clear()
+
+    monkeypatch.setattr(_processor, "_CPUINFO", tmp_path / "cpuinfo")
+    yield tell
+    monkeypatch.undo()
+    tell(None)
 
 
 def _drawn(*shape, seed=0):
@@ -110,15 +128,30 @@ def test_small_ones_and_bfloat16_go_pytorchs_own_way(taken, monkeypatch):
     ("vendor", "capability", "expected"),
     [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
 )
-def test_it_is_the_processor_that_decides(monkeypatch, tmp_path, vendor, capability, expected):
-    told = tmp_path / "cpuinfo"
-    told.write_text(f"vendor_id\t: {vendor}\n", encoding="utf-8")
-    monkeypatch.setattr(_products, "_CPUINFO", told)
-    monkeypatch.setattr(_products, "_is_amd", _products._is_amd.__wrapped__)
+def test_it_is_the_processor_that_decides(monkeypatch, processor_is, vendor, capability, expected):
+    processor_is(f"vendor_id\t: {vendor}\n")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert _products._held_back.__wrapped__() is expected
-    monkeypatch.setattr(_products, "_CPUINFO", tmp_path / "elsewhere")
+    processor_is(None)
     assert _products._held_back.__wrapped__() is False
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512vl avx512dq\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni\n", False),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        (None, False),
+    ],
+)
+def test_what_is_told_of_a_processor_decides_about_bfloat16(processor_is, told, expected):
+    processor_is(told)
+    assert _processor.multiplies_bfloat16() is expected
+
+
+def test_what_is_told_of_this_processor_is_what_pytorch_finds():
+    assert _processor.multiplies_bfloat16() is torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.parametrize(

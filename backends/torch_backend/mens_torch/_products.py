@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor as Array
@@ -23,6 +22,7 @@ from torch.nn import functional
 
 from mens_torch._formats import rounded
 from mens_torch._one_row import is_one_row, row_product
+from mens_torch._processor import is_amd
 from mens_torch._widened import is_widened, write_widened
 
 __all__ = ["add_update", "linear", "linear_into", "product", "slope"]
@@ -33,7 +33,6 @@ _MANY = 1 << 20
 _ROWS = (512, 256, 128, 64)
 # oneDNN writes where it likes; so many columns at a time are still in the cache when they are copied to their place.
 _COLUMNS = 4096
-_CPUINFO = Path("/proc/cpuinfo")
 
 _Writer = Callable[..., None]
 
@@ -49,7 +48,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     Returns:
         (..., out).
     """
-    if is_one_row(x, weight) and (is_widened(x) if x.dtype == torch.bfloat16 else _is_amd()):
+    if is_one_row(x, weight) and (is_widened(x) if x.dtype == torch.bfloat16 else is_amd()):
         return row_product(x, weight, bias)
     write = _writer(x, weight)
     if write is None:
@@ -159,9 +158,4 @@ def _held_back() -> bool:
     """Whether this processor has AVX-512 that MKL does not use, and this PyTorch another way to it."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch._C._has_mkldnn:  # noqa: SLF001
         return False
-    return _is_amd()
-
-
-@functools.cache
-def _is_amd() -> bool:
-    return _CPUINFO.exists() and "AuthenticAMD" in _CPUINFO.read_text(encoding="utf-8")
+    return is_amd()

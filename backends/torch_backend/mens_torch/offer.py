@@ -10,6 +10,7 @@ from mens_core.errors import ContractError
 from mens_core.hf.layout import Layout
 from mens_core.hookspecs import hookimpl
 from mens_core.plan import BaseWeights, KernelOffer, Machine, Speed, Workload
+from mens_torch._processor import multiplies_bfloat16
 from mens_torch.device import capacity, pick_device, pick_dtype
 from mens_torch.memory import memory_parts
 
@@ -105,6 +106,9 @@ def _never_again(contract: FineTuneContract, layout: Layout) -> str | None:
 def _typical(kernel: str, device: str, dtype: str, machine: Machine) -> Speed:
     """A speed for a machine on which nobody measured; its source says so."""
     on_cpu = device == "cpu"
+    if on_cpu and not multiplies_bfloat16():
+        # It is computed in float32 (_widened).
+        dtype = "float32"
     seconds = _TYPICAL[f"{kernel} {device.partition(':')[0]} {dtype}"]
     cores = machine.cpu_count if on_cpu else 1
     return Speed(
