@@ -23,7 +23,7 @@ from torch.nn import functional
 from mens_torch._formats import rounded
 from mens_torch._one_row import is_one_row, row_product
 from mens_torch._processor import is_amd
-from mens_torch._widened import is_widened, write_widened
+from mens_torch._widened import is_widened, widened_slope, write_widened
 
 __all__ = ["add_update", "linear", "linear_into", "product", "slope"]
 
@@ -96,7 +96,7 @@ def add_update(out: Array, left: Array, right: Array, scale: float) -> None:
 def slope(out: Array, entered: Array, scale: float) -> Array:
     """S · outᵀ entered, (m, k) float32 of (n, m) and (n, k); multiplied before it is rounded to their format."""
     if is_widened(out):
-        return torch.mm(out.t().float(), entered.float()).mul_(scale)
+        return widened_slope(out, entered, scale)
     # With beta 0 the first is read for its format alone.
     return rounded(torch.addmm(out.new_empty(()), out.t(), entered, beta=0, alpha=scale), torch.float32)
 

@@ -12,7 +12,9 @@ import functools
 import torch
 from torch import Tensor as Array
 
-__all__ = ["is_widened", "wide", "write_widened"]
+from mens_torch._scratch import scratch
+
+__all__ = ["is_widened", "wide", "widened_slope", "write_widened"]
 
 # Rows or columns of a weight that are widened together: of 256 each call shows, of all of them the fresh pages.
 _PIECE = 2048
@@ -39,16 +41,33 @@ def write_widened(out: Array, x: Array, weight: Array, bias: Array | None, scale
         scale: dimensionless, or None.
     """
     if weight.shape[1] > len(weight):
-        made = out.new_zeros(out.shape, dtype=torch.float32)
+        made = _room("made", out).zero_()
         for part, piece in zip(torch.split(x, _PIECE, dim=1), torch.split(weight, _PIECE, dim=1), strict=True):
-            made.addmm_(part.float(), piece.float().t())
+            made.addmm_(_widen("x", part), _widen("weight", piece).t())
         _put(out, made, bias, scale)
         return
-    rows = x.float()
+    rows = _widen("x", x)
     for start in range(0, len(weight), _PIECE):
         own = slice(start, start + _PIECE)
-        made = torch.mm(rows, weight[own].float().t())
+        made = torch.mm(rows, _widen("weight", weight[own]).t(), out=_room("made", out[:, own]))
         _put(out[:, own], made, None if bias is None else bias[own], scale)
+
+
+def widened_slope(out: Array, entered: Array, scale: float) -> Array:
+    """S · outᵀ entered, (m, k) float32, of bfloat16 (n, m) and (n, k)."""
+    return torch.mm(_widen("x", out).t(), _widen("weight", entered)).mul_(scale)
+
+
+def _room(use: str, like: Array) -> Array:
+    """Float32 memory of that shape, its longest stretches in the same direction, that the next call gives again."""
+    across = like.stride(0) == 1 and len(like) > 1
+    rows = like.t() if across else like
+    room = scratch(rows.numel(), torch.float32, f"widened {use}").view(rows.shape)
+    return room.t() if across else room
+
+
+def _widen(use: str, tensor: Array) -> Array:
+    return _room(use, tensor).copy_(tensor)
 
 
 def _put(place: Array, made: Array, bias: Array | None, scale: float | None) -> None:
