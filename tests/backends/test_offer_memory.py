@@ -174,9 +174,27 @@ def test_the_torch_backend_keeps_what_it_says_for_the_backward_pass(folders, mon
         assert said - spared <= sum(kept.values()) <= said + beside
 
 
-def test_the_torch_backend_counts_the_chunk_that_its_loss_uses():
-    from mens_torch import loss, memory
+def test_what_torch_widens_takes_memory_where_the_processor_does_not_multiply_bfloat16(folders, monkeypatch):
+    from mens_torch import memory
 
+    backend = load_backend("torch")
+
+    def offered(dtype, native):
+        monkeypatch.setattr(memory, "multiplies_bfloat16", lambda: native)
+        contract = FineTuneContract.from_fields(trains=False, model=str(folders["llama"]), device="cpu", dtype=dtype)
+        layout = read_layout(folders["llama"])
+        return backend.plan(contract, layout, tiny.MACHINE, tiny.weights_of(folders["llama"]), WORK).memory
+
+    native, widened = (offered("bfloat16", native) for native in (True, False))
+    assert widened["activations"] > native["activations"]
+    assert {**widened, "activations": 0, "loading": 0} == {**native, "activations": 0, "loading": 0}
+    assert offered("float32", native=True) == offered("float32", native=False)
+
+
+def test_the_torch_backend_counts_the_chunk_and_the_piece_that_its_products_use():
+    from mens_torch import _widened, loss, memory
+
+    assert _widened._PIECE == memory._PIECE
     assert inspect.signature(loss.supervised_loss).parameters["chunk"].default == memory._CHUNK
     assert loss._IN_CACHE == memory._IN_CACHE
 

@@ -80,6 +80,9 @@ def test_the_processor_and_the_format_decide(monkeypatch):
         assert not is_widened(_drawn(1).half())
         assert not is_widened(_drawn(1).to("meta"))
     assert wide(_drawn(1)).dtype == torch.float32
+    monkeypatch.undo()
+    monkeypatch.setattr(torch._C, "_has_mkldnn", False)
+    assert _widened._has_bfloat16.__wrapped__() is False
     own = _drawn(1).float()
     assert wide(own) is own
 

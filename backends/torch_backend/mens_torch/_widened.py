@@ -82,5 +82,4 @@ def _put(place: Array, made: Array, bias: Array | None, scale: float | None) -> 
 @functools.cache
 def _has_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 on this processor."""
-    told: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 (it has no public reader)
-    return told
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001 (no public reader)

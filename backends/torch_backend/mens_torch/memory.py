@@ -38,6 +38,7 @@ from mens_core.hf.layout import Layout
 from mens_core.plan import BaseWeights, Workload
 from mens_torch._heap import MAPPED
 from mens_torch._pages import AT_ONCE
+from mens_torch._processor import multiplies_bfloat16
 
 __all__ = ["memory_parts"]
 
@@ -52,8 +53,10 @@ _LOOPS = 120 * _MIB
 _CUDA_FRAMEWORK = 600 * _MIB
 # The chunk of ``loss.supervised_loss`` and the logits of it that pass the softmax together on a CPU.
 _CHUNK, _IN_CACHE = 256, 1 << 19
+# The piece of a weight that ``_widened`` brings into float32.
+_PIECE = 2048
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
-_HOLES = {(True, "float32"): 0.43, (True, "bfloat16"): 0.13, (False, "float32"): 0.7, (False, "bfloat16"): 0.33}
+_HOLES = {(True, "float32"): 0.43, (True, "bfloat16"): 0.13, (False, "float32"): 0.7, (False, "bfloat16"): 0.6}
 _SHORT_LIVED = {True: 3, False: 6}
 # Of a layer that is computed again, as a share of what it keeps and makes.
 _HOLES_AGAIN = {True: 1.1, False: 2.5}
@@ -88,6 +91,9 @@ def memory_parts(
         # The memory that every NF4 weight is brought back into (``_scratch``).
         short += width * max((out * into for out, into in weights.linears.values()), default=0)
     chunk = min(_CHUNK, workload.shape.supervised)
+    if on_cpu and dtype == "bfloat16" and not multiplies_bfloat16():
+        # Float32 of a linear's input or slope, of a piece of its weight and of their product (_widened).
+        short += 4 * tokens * (2 * layout.intermediate_size + min(layout.intermediate_size, _PIECE))
     if on_cpu:
         holes, scores = _holes(contract, layout, every, kept, short, dtype), layout.vocab_size * chunk * width
         short += _SCRATCH + (holes if scores < MAPPED else max(0, holes - scores))
@@ -110,7 +116,7 @@ def memory_parts(
         "activations": max(kept + short, table),
         "logits": layout.vocab_size * (chunk * width + 2 * softmax * 4) + rounded,
     }
-    loading = _loading(contract, weights, width, parts) if on_cpu else 0
+    loading = _loading(contract, weights, width, parts, loops * _LOOPS) if on_cpu else 0
     host = {"rows": rows_memory(workload), "states": states_memory(layout, contract.adapter)} if on_cpu else {}
     return parts | {"loading": loading, "rows": 0, **host}
 
@@ -175,7 +181,7 @@ def _of_trained(layout: Layout, name: str, width: int, adapted: Iterable[str]) -
     return (4 + (width if read else 0)) * layout.hidden_size
 
 
-def _loading(contract: FineTuneContract, weights: BaseWeights, width: int, parts: dict[str, int]) -> int:
+def _loading(contract: FineTuneContract, weights: BaseWeights, width: int, parts: dict[str, int], loops: int) -> int:
     """What the mapped files take beyond what training then holds.
 
     With qlora a little of them at a time, of which only the NF4 is kept. With lora a file stays as it is read, or is
@@ -185,5 +191,5 @@ def _loading(contract: FineTuneContract, weights: BaseWeights, width: int, parts
         return AT_ONCE
     if weights.stored_bytes == width * weights.parameters:
         return 0
-    later = sum(parts[name] for name in ("gradients", "optimizer", "activations", "logits"))
+    later = loops + sum(parts[name] for name in ("gradients", "optimizer", "activations", "logits"))
     return max(0, weights.stored_bytes - later)
