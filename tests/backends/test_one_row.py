@@ -105,11 +105,21 @@ def test_endless_scales_of_nf4_stay_so():
     assert found[2:].tolist() == [1.0] * 6
 
 
-def test_only_one_row_in_float32_of_whole_blocks_of_nf4_is_taken():
+def test_one_row_of_bfloat16_and_a_weight_in_nf4_is_rounded_once():
+    stored = quantize(_drawn(37, 384, seed=1), NF4Spec())
+    dense, x = stored.write(torch.empty(37 * 384)), _drawn(1, 384).bfloat16()
+    found = stored.row_product(x)
+    assert found.dtype == torch.bfloat16
+    assert _near(found, x, dense, torch.zeros(37))
+    assert not _near((x @ dense.bfloat16().t()), x, dense, torch.zeros(37)), "the twin: of rounded weights"
+
+
+def test_only_one_row_of_whole_blocks_of_nf4_is_taken():
     stored = quantize(_drawn(4, 128), NF4Spec())
     assert stored.is_one_row(torch.ones(128))
     assert not stored.is_one_row(torch.ones(2, 128))
-    assert not stored.is_one_row(torch.ones(128).bfloat16())
+    assert stored.is_one_row(torch.ones(128).bfloat16())
+    assert not stored.is_one_row(torch.ones(128).half())
     assert not quantize(_drawn(4, 96), NF4Spec()).is_one_row(torch.ones(96))
     assert not quantize(_drawn(4, 128), NF4Spec(block_size=32)).is_one_row(torch.ones(128))
 

@@ -20,6 +20,7 @@ from mens_core import nf4
 from mens_core.exchange import NF4Spec, QuantizedWeight
 from mens_core.nf4_scales import NESTED_BLOCK
 from mens_torch._bitsandbytes import dynamic_map, library
+from mens_torch._formats import rounded
 from mens_torch._nf4_loop import TOGETHER, row_product, write_dense
 
 __all__ = ["NF4Weight", "dequantize", "export_weight", "import_weight", "quantize"]
@@ -58,14 +59,14 @@ class NF4Weight:
         return out.view(self.shape)
 
     def is_one_row(self, x: Array) -> bool:
-        """Whether ``row_product`` takes x, (..., in): one row in float32 on the CPU, of whole blocks."""
+        """Whether ``row_product`` takes x, (..., in): one row in float32 or bfloat16 on the CPU, of whole blocks."""
         width, size = self.shape[-1], self.spec.block_size
-        alone = x.numel() == width and x.dtype == torch.float32 and x.is_cpu
+        alone = x.numel() == width and x.dtype in {torch.float32, torch.bfloat16} and x.is_cpu
         return alone and width % size == 0 and size % TOGETHER == 0
 
     def row_product(self, x: Array) -> Array:
-        """X Wᵀ of one row: (..., in) to (..., out), summed over what ``write`` gives."""
-        return row_product(x, *self._stored())
+        """X Wᵀ of one row: (..., in) to (..., out), summed over what ``write`` gives in float32, then rounded."""
+        return rounded(row_product(rounded(x, torch.float32), *self._stored()), x.dtype)
 
     def _stored(self) -> tuple[Array, Array, Array | None, Array | None, NF4Spec]:
         return self.codes, self.absmax, self.nested_absmax, self.offset, self.spec
