@@ -20,9 +20,9 @@ With gradient checkpointing each layer keeps its input alone, D numbers, and one
 On a CPU the demand is that of the whole process, and glibc's heap adds holes between what is kept and what is freed:
 with PyTorch 2.13 an eighth of what is kept for GPT-2 in bfloat16, and a third for the rotary families, whose layers
 make many short-lived tensors (measured by fixing the heap's thresholds, which takes the holes away); in float32, where
-most of what is made is freed, 0.43 for GPT-2 and 0.7 for the others. Before logits that lie beside the heap the holes
-are given back. Where layers are computed again, the holes are as large as what such a layer keeps and makes, or two and
-a half times that in the rotary families (measured).
+most of what is made is freed, 0.43 for GPT-2 and 0.7 for the others, and nearly so where bfloat16 is widened to it.
+Before logits that lie beside the heap the holes are given back. Where layers are computed again, the holes are as large
+as what such a layer keeps and makes, or two and a half times that in the rotary families (measured).
 """
 
 from __future__ import annotations
@@ -56,7 +56,14 @@ _CHUNK, _IN_CACHE = 256, 1 << 19
 # The piece of a weight that ``_widened`` brings into float32.
 _PIECE = 2048
 # Holes of the heap, as a share of what is kept, and short-lived tensors as wide as the feed-forward part.
-_HOLES = {(True, "float32"): 0.43, (True, "bfloat16"): 0.13, (False, "float32"): 0.7, (False, "bfloat16"): 0.6}
+_HOLES = {
+    (True, "float32"): 0.43,
+    (True, "bfloat16"): 0.13,
+    (True, "widened"): 0.43,
+    (False, "float32"): 0.7,
+    (False, "bfloat16"): 0.33,
+    (False, "widened"): 0.6,
+}
 _SHORT_LIVED = {True: 3, False: 6}
 # Of a layer that is computed again, as a share of what it keeps and makes.
 _HOLES_AGAIN = {True: 1.1, False: 2.5}
@@ -91,11 +98,13 @@ def memory_parts(
         # The memory that every NF4 weight is brought back into (``_scratch``).
         short += width * max((out * into for out, into in weights.linears.values()), default=0)
     chunk = min(_CHUNK, workload.shape.supervised)
-    if on_cpu and dtype == "bfloat16" and not multiplies_bfloat16():
+    widened = on_cpu and dtype == "bfloat16" and not multiplies_bfloat16()
+    if widened:
         # Float32 of a linear's input or slope, of a piece of its weight and of their product (_widened).
         short += 4 * tokens * (2 * layout.intermediate_size + min(layout.intermediate_size, _PIECE))
     if on_cpu:
-        holes, scores = _holes(contract, layout, every, kept, short, dtype), layout.vocab_size * chunk * width
+        computed = "widened" if widened else dtype
+        holes, scores = _holes(contract, layout, every, kept, short, computed), layout.vocab_size * chunk * width
         short += _SCRATCH + (holes if scores < MAPPED else max(0, holes - scores))
     if contract.adapter.dropout:
         short += _MASKED * tokens * layout.intermediate_size * width
@@ -130,10 +139,10 @@ def _kept(contract: FineTuneContract, layout: Layout, weights: BaseWeights, dtyp
     return layout.num_layers * width * layout.hidden_size + every // layout.num_layers
 
 
-def _holes(contract: FineTuneContract, layout: Layout, every: int, kept: int, short: int, dtype: str) -> int:
+def _holes(contract: FineTuneContract, layout: Layout, every: int, kept: int, short: int, computed: str) -> int:
     """Bytes of the heap's holes, from those that all layers make, that are kept, and that live for a short time."""
     gpt2 = layout.family == "gpt2"
-    plain = int(_HOLES[gpt2, dtype] * every)
+    plain = int(_HOLES[gpt2, computed] * every)
     if not contract.training.gradient_checkpointing:
         return plain
     # In few layers there is little to save, but nothing to lose.
