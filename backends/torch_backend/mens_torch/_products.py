@@ -50,7 +50,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """
     if is_one_row(x, weight) and (is_widened(x) if x.dtype == torch.bfloat16 else is_amd()):
         return row_product(x, weight, bias)
-    write = _writer(x, weight)
+    write = None if _is_short(x, weight) else _writer(x, len(weight))
     if write is None:
         return functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -61,7 +61,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 def linear_into(out: Array, x: Array, weight: Array) -> Array:
     """Write x Wᵀ over ``out``, (n, out), from (n, in) and (out, in); returns it."""
-    write = _writer(x, weight)
+    write = _writer(x, len(weight))
     if write is None:
         return torch.mm(x, weight.t(), out=out)
     write(out, x, weight, None)
@@ -76,7 +76,7 @@ def product(left: Array, right: Array, out: Array | None = None) -> Array:
         right: (k, m), in its format.
         out: (n, m) to add it to, which is then returned.
     """
-    write = _writer(left, right.t())
+    write = _writer(left, right.shape[1])
     if out is None:
         return torch.mm(left, right) if write is None else linear(left, right.t())
     if write is None:
@@ -101,15 +101,15 @@ def slope(out: Array, entered: Array, scale: float) -> Array:
     return rounded(torch.addmm(out.new_empty(()), out.t(), entered, beta=0, alpha=scale), torch.float32)
 
 
-def _writer(x: Array, weight: Array) -> _Writer | None:
-    """What multiplies these two; None for PyTorch's own products."""
-    if _goes_to_onednn(x, len(weight)):
+def _writer(x: Array, out: int) -> _Writer | None:
+    """What multiplies x by a weight of so many outputs; None for PyTorch's own products."""
+    if _goes_to_onednn(x, out):
         return _write_by_onednn
-    return write_widened if is_widened(x) and not _is_short(x, weight) else None
+    return write_widened if is_widened(x) else None
 
 
 def _is_short(x: Array, weight: Array) -> bool:
-    """Whether it is one row and a weight that PyTorch's own loop over bfloat16 reads as it lies."""
+    """Whether it is one row and a weight that PyTorch's own loop reads as it lies, in bfloat16 too."""
     return x.numel() == x.shape[-1] and weight.is_contiguous()
 
 

@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
         device = weight.codes.device if isinstance(weight, NF4Weight) else weight.device
         self.frozen, self.bias, self.rank, self.scale = weight, bias, rank, scale
         if rank == 0 and isinstance(weight, Array):
-            # Of none with an adapter, which code that reads a weight past forward would lose in silence.
+            # Beside an adapter there is none to be seen: code that reads it past forward would lose the adapter.
             self.weight = weight
         self.dropout: Dropout | None = None
         self.siblings: Siblings | None = None
