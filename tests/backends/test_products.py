@@ -141,6 +141,7 @@ def test_it_is_the_processor_that_decides(monkeypatch, processor_is, vendor, cap
     [
         ("flags\t\t: fpu avx2 avx512f avx512vl avx512dq\n", True),
         ("flags\t\t: fpu avx2 avx_vnni\n", False),
+        ("flags\t\t: fpu avx2 avx_vnni avx_ne_convert\n", True),
         ("Features\t: fp asimd bf16 i8mm\n", True),
         (None, False),
     ],

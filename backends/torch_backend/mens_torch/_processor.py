@@ -18,9 +18,8 @@ def is_amd() -> bool:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on it: with AVX-512, or ARM's own instructions."""
-    words = set(_told().split())
-    return "avx512vl" in words or "bf16" in words
+    """Whether oneDNN multiplies bfloat16 on it: with AVX-512, with AVX-NE-CONVERT, or by ARM's own instructions."""
+    return not {"avx512vl", "avx_ne_convert", "bf16"}.isdisjoint(_told().split())
 
 
 def _told() -> str:

@@ -1,8 +1,8 @@
 """Products of bfloat16 on a CPU that has no instructions for it, as most of what stands on desks.
 
-PyTorch gives bfloat16 to oneDNN, which takes it from AVX-512 upwards; below, it multiplies by loops of its own, 9 to 80
-times as slow as float32. Here factors are widened to float32, which is exact, a weight by pieces that are soon
-forgotten; what the sums in float32 come to is rounded once, as the instructions do it.
+PyTorch gives bfloat16 to oneDNN, which takes it with AVX-512 or AVX-NE-CONVERT; without them it multiplies by loops of
+its own, 9 to 80 times as slow as float32. Here factors are widened to float32, which is exact, a weight by pieces that
+are soon forgotten; what the sums in float32 come to is rounded once, as the instructions do it.
 """
 
 from __future__ import annotations

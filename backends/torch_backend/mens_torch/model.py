@@ -38,6 +38,7 @@ from mens_torch._checkpointing import checkpoint_layers
 from mens_torch._gated import fuse_gates
 from mens_torch._packing import PACKED, PROVING, RefusedError, register
 from mens_torch._pages import MappedFiles
+from mens_torch._products import linear
 from mens_torch._remade import remember_outputs
 from mens_torch._rms_norm import fuse_rms_norms
 from mens_torch._rotary import fuse_rotations
@@ -151,7 +152,7 @@ def hidden_states(model: Model, input_ids: Array, positions: Array, rows: tuple[
 
 
 def logits(model: Model, input_ids: Array, positions: Array, rows: tuple[int, ...], keep: Array) -> Array:
-    """Logits of chosen positions.
+    """Logits of chosen positions; without a gradient where they are hidden · headᵀ.
 
     Args:
         model: from ``load_model``.
@@ -165,7 +166,7 @@ def logits(model: Model, input_ids: Array, positions: Array, rows: tuple[int, ..
     """
     if model.linear_head and model.head is not None:
         hidden = hidden_states(model, input_ids, positions, rows)
-        return functional.linear(hidden.index_select(0, keep), model.head.to(hidden.dtype))
+        return linear(hidden.index_select(0, keep), model.head.to(hidden.dtype))
     return _run(model, model.network, input_ids, positions, rows).index_select(0, keep)
 
 
