@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mens_torch import _adapted, _heap, _remade
+from mens_torch import _adapted, _heap, _remade, _widened
 from mens_torch._activations import GELU
 
 from mens_core.exchange import TrainingState
@@ -24,8 +24,9 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _however_few(monkeypatch):
-    """These models are tiny: nothing of theirs would be made again."""
+    """These models are tiny, nothing of theirs would be made again, nor attention by blocks, as where it is widened."""
     monkeypatch.setattr(_remade, "_MANY", 1)
+    monkeypatch.setattr(_widened, "_has_bfloat16", lambda: True)
 
 
 def _moments(folder, fields):
