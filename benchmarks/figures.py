@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mens_torch._processor import multiplies_bfloat16
+
 # An allocator that keeps its pages: page faults of fresh memory otherwise flatter whoever allocates less.
 KEPT = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "pages kept": {"GLIBC_TUNABLES": KEPT}}
@@ -43,6 +45,14 @@ def one_core() -> None:
     os.environ.update(ONE_THREAD)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def can_be_taken(dtype: str, what: str) -> bool:
+    """Whether this processor multiplies numbers of that format, without which peers take minutes; says if not."""
+    taken = dtype != "bfloat16" or multiplies_bfloat16()
+    if not taken:
+        print(f"  left out, for want of a processor that multiplies {dtype}: {what}")
+    return taken
 
 
 def in_turns(

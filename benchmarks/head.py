@@ -15,7 +15,6 @@ import figures
 figures.one_core()
 
 import torch
-from mens_torch._processor import multiplies_bfloat16
 from mens_torch.loss import supervised_loss
 from torch.nn import functional
 
@@ -28,10 +27,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--allocator", choices=tuple(figures.ALLOCATORS), default="default", help="what the lines say")
     asked = parser.parse_args()
-    formats = {"bfloat16": "<= 1.25", "float32": ""}
-    if not multiplies_bfloat16():
-        del formats["bfloat16"]
-    for dtype, goal in formats.items():
+    for dtype, goal in (("bfloat16", "<= 1.25"), ("float32", "")):
+        if not figures.can_be_taken(dtype, "the head"):
+            continue
         torch.manual_seed(0)
         number = getattr(torch, dtype)
         head, hidden = torch.randn(VOCABULARY, WIDTH).mul_(0.02).to(number), torch.randn(POSITIONS, WIDTH).to(number)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from mens_torch._processor import multiplies_bfloat16
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "jax", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "numba", "numpy")
@@ -57,6 +56,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(("training_step", "memory", *OTHERS)), help="comma between")
     parser.add_argument("--into", type=Path, default=HERE, help="folder of the three files (default: benchmarks)")
     asked = parser.parse_args()
+    # Before half an hour is spent, not after it.
+    asked.into.mkdir(parents=True, exist_ok=True)
     chosen = asked.only.split(",")
     with tempfile.TemporaryDirectory() as folder:
         collected = Path(folder) / "figures"
@@ -95,23 +96,19 @@ def other(name: str, rounds: int) -> None:
 
 def steps(rounds: int) -> None:
     """Training steps, each case in a process of its own with its allocator."""
-    for shape, dtype, rows, allocator, variants in filter(can_be_taken, STEPS):
+    for shape, dtype, rows, allocator, variants in STEPS:
+        if not figures.can_be_taken(dtype, f"steps of {shape}, {rows} rows, {allocator}"):
+            continue
         words = ["--shape", shape, "--dtype", dtype, "--rows", rows, "--allocator", allocator, "--variants", variants]
         script, settings = str(HERE / "training_step.py"), figures.ALLOCATORS[allocator]
         figures.in_child(script, *words, "--rounds", str(rounds), environment=settings)
 
 
-def can_be_taken(case: tuple[str, ...]) -> bool:
-    """Whether this processor multiplies in the case's number format; what it leaves out it says."""
-    taken = case[1] == "float32" or multiplies_bfloat16()
-    if not taken:
-        print(f"left out, for want of a processor that multiplies bfloat16: {', '.join(case)}")
-    return taken
-
-
 def memory() -> None:
     """Peaks above the model, each variant in a process of its own; they hardly differ from run to run, so one each."""
-    for shape, dtype, rows, ours, theirs, goal in filter(can_be_taken, MEMORY):
+    for shape, dtype, rows, ours, theirs, goal in MEMORY:
+        if not figures.can_be_taken(dtype, f"memory of {shape}, {rows} rows, {ours}"):
+            continue
         words = ["--shape", shape, "--dtype", dtype, "--rows", rows, "--memory"]
         own, other = (float(figures.in_child(str(HERE / "training_step.py"), *words, name)) for name in (ours, theirs))
         what = f"peak above the model, {shape}, {dtype}, {rows} rows, {ours}"

@@ -24,7 +24,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _however_few(monkeypatch):
-    """These models are tiny, nothing of theirs would be made again, nor attention by blocks, as where it is widened."""
+    """Nothing of tiny models would be made again, nor attention by blocks, which is that of widened bfloat16."""
     monkeypatch.setattr(_remade, "_MANY", 1)
     monkeypatch.setattr(_widened, "_has_bfloat16", lambda: True)
 
