@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from mens_torch import _processor, _products, _widened
-from mens_torch._products import linear, linear_into, product
+from mens_torch._products import linear, products
 from torch.nn import functional
 
 from mens_core.exchange import TrainingState
@@ -57,7 +57,7 @@ def _near(found, left, right):
 def test_products_are_exact_to_float32(taken):
     x, weight, bias = _drawn(9, 33), _drawn(20, 33, seed=1), _drawn(20, seed=2)
     assert _near(linear(x, weight), x, weight.t())
-    assert _near(product(x, weight.t()), x, weight.t())
+    assert _near(products(x).product(x, weight.t()), x, weight.t())
     torch.testing.assert_close(linear(x, weight, bias), linear(x, weight) + bias, rtol=0, atol=1e-5)
     assert len(taken) == 8, "a piece of 8 rows and one of 1, four times"
     assert not _near(linear(x.bfloat16().float(), weight), x, weight.t()), "the twin: rounded to bfloat16"
@@ -68,7 +68,7 @@ def test_views_and_leading_axes_are_what_they_stand_for(taken):
     torch.testing.assert_close(linear(x, weight.t()), x @ weight, rtol=0, atol=1e-5)
     assert linear(x, weight.t()).shape == (2, 5, 20)
     across = _drawn(33, 9).t()
-    torch.testing.assert_close(product(across, weight), across @ weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(products(across).product(across, weight), across @ weight, rtol=0, atol=1e-5)
     assert [len(rows) for rows, *_ in taken] == [8, 2, 8, 2, 8, 1]
 
 
@@ -97,17 +97,17 @@ def test_a_product_is_added_where_that_is_asked_for(taken, monkeypatch):
     for rows in ((8, 4, 2, 1), (8,)):
         monkeypatch.setattr(_products, "_ROWS", rows)
         out = room.clone()
-        assert product(left, right, out) is out
+        assert products(left).product(left, right, out) is out
         torch.testing.assert_close(out, room + left @ right, rtol=0, atol=1e-5)
     assert {len(rows) for rows, *_ in taken} == {8, 4, 1}
     monkeypatch.setattr(_products, "_held_back", lambda: False)
-    assert torch.equal(product(left, right, room.clone()), torch.addmm(room, left, right))
+    assert torch.equal(products(left).product(left, right, room.clone()), torch.addmm(room, left, right))
 
 
 def test_what_has_its_place_is_written_there(taken, monkeypatch):
     monkeypatch.setattr(_products, "_COLUMNS", 8)
     x, weight, room = _drawn(9, 33), _drawn(20, 33, seed=1), torch.full((12, 20), 7.0)
-    assert linear_into(room[:9], x, weight).data_ptr() == room.data_ptr()
+    assert products(x).linear_into(room[:9], x, weight).data_ptr() == room.data_ptr()
     assert _near(room[:9], x, weight.t())
     assert bool((room[9:] == 7.0).all())
     assert len(taken) == 6, "two pieces, by three of the columns"
@@ -119,8 +119,8 @@ def test_small_ones_and_bfloat16_go_pytorchs_own_way(taken, monkeypatch):
     assert torch.equal(linear(x.bfloat16(), weight.bfloat16()), functional.linear(x.bfloat16(), weight.bfloat16()))
     monkeypatch.setattr(_products, "_MANY", 9 * 33 * 20 + 1)
     assert torch.equal(linear(x, weight), functional.linear(x, weight))
-    assert torch.equal(linear_into(torch.empty(9, 20), x, weight), x @ weight.t())
-    assert torch.equal(product(x, weight.t()), x @ weight.t())
+    assert torch.equal(products(x).linear_into(torch.empty(9, 20), x, weight), x @ weight.t())
+    assert torch.equal(products(x).product(x, weight.t()), x @ weight.t())
     assert not taken
 
 

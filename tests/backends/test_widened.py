@@ -6,7 +6,7 @@ import tiny
 import torch
 from mens_torch import _widened, attention
 from mens_torch._packing import _spelled_out
-from mens_torch._products import add_update, linear, linear_into, product, slope
+from mens_torch._products import linear, products
 from mens_torch._widened import is_widened, wide
 
 from mens_core.exchange import TrainingState
@@ -51,14 +51,14 @@ def _near(found, left, right, beside=0.0, scale=1.0):
 @pytest.mark.usefixtures("lacking")
 def test_products_are_rounded_once(rows, size, transposed):
     x, weight, bias = _drawn(rows, size[1]), _weight(size, transposed), _drawn(size[0], seed=2)
-    room = _drawn(rows, size[0], seed=3)
-    assert _near(linear(x, weight), x, weight.t())
-    assert _near(linear_into(room.clone(), x, weight), x, weight.t())
-    assert _near(product(x, weight.t()), x, weight.t())
-    assert _near(product(x, weight.t(), room.clone()), x, weight.t(), room.double())
-    assert _near(slope(room, x, SCALE), room.t(), x, scale=SCALE)
+    room, by = _drawn(rows, size[0], seed=3), products(x)
+    assert _near(by.linear(x, weight), x, weight.t())
+    assert _near(by.linear_into(room.clone(), x, weight), x, weight.t())
+    assert _near(by.product(x, weight.t()), x, weight.t())
+    assert _near(by.product(x, weight.t(), room.clone()), x, weight.t(), room.double())
+    assert _near(by.slope(room, x, SCALE), room.t(), x, scale=SCALE)
     added = room.clone()
-    add_update(added, x, weight.t(), SCALE)
+    by.add_update(added, x, weight.t(), SCALE)
     assert _near(added, x, weight.t(), room.double(), SCALE)
     if rows > 1:  # PyTorch's own rounds before it adds a bias
         assert _near(linear(x, weight, bias), x, weight.t(), bias.double())

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor as Array
 
 from mens_torch._formats import rounded
-from mens_torch._products import add_update, linear, product, slope
+from mens_torch._products import Products, linear, products
 from mens_torch._remade import Origin, origin_of
 from mens_torch._scratch import scratch
 from mens_torch.dropout import Dropout
@@ -52,6 +52,11 @@ class Adapted(NamedTuple):
     lora_a: Array
     lora_b: Array
 
+    @property
+    def updates(self) -> bool:
+        """Whether there is an update at all."""
+        return self.lora_a.shape[0] > 0
+
 
 def adapted(x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout | None) -> tuple[Array, ...]:
     """Y of each layer, by one node of the graph.
@@ -65,7 +70,8 @@ def adapted(x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout 
     Returns:
         (..., out) of each, in the format of x.
     """
-    factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
+    updates = [layer for layer in layers if layer.updates]
+    factors = [layer.lora_a for layer in updates] + [layer.lora_b for layer in updates]
     ys: tuple[Array, ...] = _node(x, layers, scale, dropout, origin_of(x), *factors)  # type: ignore[no-untyped-call]
     return ys
 
@@ -76,22 +82,22 @@ def adapted_alone(x: Array, layer: Adapted, scale: float) -> Array:
     One row times a weight in NF4 is summed in another order.
     """
     # A token at a time, what the node does besides would be a twentieth of the work.
-    weight, bias = layer.weight, layer.bias
+    weight, bias, by = layer.weight, layer.bias, products(x)
     if isinstance(weight, NF4Weight) and weight.is_one_row(x):
         y = weight.row_product(x)
         if bias is not None:
             y.add_(bias)
     else:
         y = linear(x, _dense(weight, x.dtype), bias)
-    if layer.lora_a.shape[0]:
-        _updated(y, x.reshape(-1, x.shape[-1]), layer, scale)
+    if layer.updates:
+        _updated(by, y, x.reshape(-1, x.shape[-1]), layer, scale)
     return y
 
 
-def _updated(y: Array, entered: Array, layer: Adapted, scale: float) -> Array:
+def _updated(by: Products, y: Array, entered: Array, layer: Adapted, scale: float) -> Array:
     """Add s · (x Aᵀ) Bᵀ to y, in place; returns x Aᵀ, (T, R), of x in rows."""
-    down = linear(entered, rounded(layer.lora_a, y.dtype))
-    add_update(y.view(-1, y.shape[-1]), down, rounded(layer.lora_b, y.dtype).t(), scale)
+    down = by.product(entered, rounded(layer.lora_a, y.dtype).t())
+    by.add_update(y.view(-1, y.shape[-1]), down, rounded(layer.lora_b, y.dtype).t(), scale)
     return down
 
 
@@ -108,43 +114,53 @@ class _Adapted(torch.autograd.Function):
         origin: Origin | None,
         *factors: Array,
     ) -> tuple[Array, ...]:
-        ys = tuple(linear(x, _dense(layer.weight, x.dtype), layer.bias) for layer in layers)
+        by, rows, ys, downs = products(x), x.reshape(-1, x.shape[-1]), [], []
         ctx.layers, ctx.scale, ctx.dropout, ctx.shape = layers, _rescaled(scale, dropout), dropout, x.shape
-        ctx.updated = any(layer.lora_a.shape[0] for layer in layers)
-        if ctx.updated:
-            rows = x.reshape(-1, x.shape[-1])
-            entered = rows if dropout is None else rows * dropout.kept(rows)
-            downs = [_updated(y, entered, layer, ctx.scale) for y, layer in zip(ys, layers, strict=True)]
+        entered = rows if dropout is None or not factors else rows * dropout.kept(rows)
+        for layer in layers:
+            y = by.linear(x, _dense(layer.weight, x.dtype), layer.bias)
+            if layer.updates:
+                downs.append(_updated(by, y, entered, layer, ctx.scale))
+            ys.append(y)
+        if downs:
             ctx.make, tensors = origin or (None, (x,))
             ctx.save_for_backward(*downs, *factors, *tensors)
-        return ys
+        ctx.updates = len(downs)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Array) -> tuple[Array | None, ...]:
-        layers, scale = ctx.layers, ctx.scale
-        dys = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dx: Array | None = None
-        if ctx.needs_input_grad[0]:
-            for dy, layer in zip(dys, layers, strict=True):
-                dx = product(dy, _dense(layer.weight, dy.dtype), dx)
-        slopes: list[Array | None] = [None] * (2 * len(layers))
-        if ctx.updated:
-            count, saved = len(layers), ctx.saved_tensors
-            # A and B as autograd kept them: it notices if they were written into meanwhile.
-            downs, factors, tensors = saved[:count], saved[count : 3 * count], saved[3 * count :]
+        layers, scale, by, dx = ctx.layers, ctx.scale, products(grads[0]), None
+        # A and B as autograd kept them: it notices if they were written into meanwhile.
+        saved, count = ctx.saved_tensors, ctx.updates
+        downs, lora_as, lora_bs, tensors = (
+            saved[:count],
+            saved[count : 2 * count],
+            saved[2 * count : 3 * count],
+            saved[3 * count :],
+        )
+        ups: list[Array] = []
+        of_a: tuple[Array, ...] = ()
+        of_b: list[Array] = []
+        for grad, layer in zip(grads, layers, strict=True):
+            dy = grad.reshape(-1, grad.shape[-1])
+            if ctx.needs_input_grad[0]:
+                dx = by.product(dy, _dense(layer.weight, dy.dtype), dx)
+            if layer.updates:
+                of_b.append(by.slope(dy, downs[len(ups)], scale))
+                ups.append(by.product(dy, rounded(lora_bs[len(ups)], dy.dtype)))
+        if ups:
             rows = (tensors[0] if ctx.make is None else ctx.make(*tensors)).reshape(-1, ctx.shape[-1])
-            up = _joined([product(dy, rounded(b, dy.dtype)) for dy, b in zip(dys, factors[1::2], strict=True)], dim=1)
-            kept = None if ctx.dropout is None else ctx.dropout.kept(rows)
-            of_a = slope(up, rows if kept is None else rows * kept, scale)
-            slopes[0::2] = of_a.split_with_sizes([layer.lora_a.shape[0] for layer in layers])
-            slopes[1::2] = [slope(dy, down, scale) for dy, down in zip(dys, downs, strict=True)]
+            kept, up = None if ctx.dropout is None else ctx.dropout.kept(rows), _joined(ups, dim=1)
+            slope = by.slope(up, rows if kept is None else rows * kept, scale)
+            of_a = slope.split_with_sizes([down.shape[1] for down in downs])
             if dx is not None:
-                lora_a = rounded(_joined(factors[0::2]), up.dtype)
+                lora_a = rounded(_joined(lora_as), up.dtype)
                 if kept is None:
-                    add_update(dx, up, lora_a, scale)
+                    by.add_update(dx, up, lora_a, scale)
                 else:
-                    dx.addcmul_(product(up, lora_a), kept, value=scale)
-        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *slopes
+                    dx.addcmul_(by.product(up, lora_a), kept, value=scale)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *of_a, *of_b
 
 
 # Function.apply looks for wrappers of functorch in every argument, a twentieth of a tiny model's step; none comes here.

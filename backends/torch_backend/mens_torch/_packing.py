@@ -68,7 +68,8 @@ def _attention(module: Any, query: Array, key: Array, value: Array, mask: Array 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows: tuple[int, ...] = given["rows"]
     window, softcap, sinks = (given.get(name) for name in ("sliding_window", "softcap", "s_aux"))
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    # Where an axis is chosen instead, the backward pass fills zeros and copies.
+    query, key, value = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     if softcap is None and sinks is None:
         return packed_attention(query, key, value, rows, scale, window)[None], None
     split = zip(*(torch.split(part, list(rows)) for part in (query, key, value)), strict=True)

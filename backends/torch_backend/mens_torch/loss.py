@@ -18,7 +18,7 @@ import torch
 from torch import Tensor as Array
 
 from mens_torch._heap import MAPPED, give_back_holes
-from mens_torch._products import linear_into, product
+from mens_torch._products import products
 
 __all__ = ["supervised_loss"]
 
@@ -48,7 +48,7 @@ def supervised_loss(hidden: Array, head: Array, targets: Array, chunk: int = 256
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Array, master: Array, targets: Array, chunk: int) -> Array:
-        head = master.to(hidden.dtype)
+        head, by = master.to(hidden.dtype), products(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_head = torch.zeros_like(master) if ctx.needs_input_grad[1] else None
@@ -61,11 +61,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         room = buffer if buffer.dtype == torch.float32 else buffer[:rows].to(torch.float32)
         for start in range(0, hidden.shape[0], chunk):
             chosen = targets[start : start + chunk, None]
-            scores = linear_into(buffer[: len(chosen)], hidden[start : start + chunk], head)
+            scores = by.linear_into(buffer[: len(chosen)], hidden[start : start + chunk], head)
             for z, y in zip(torch.split(scores, rows), torch.split(chosen, rows), strict=True):
                 total += _turn_into_slopes(z, y, room)
             if gradient is not None:
-                gradient[start : start + chunk] = product(scores, head)
+                gradient[start : start + chunk] = by.product(scores, head)
             if of_head is not None:
                 _add_product(of_head, scores.t(), hidden[start : start + chunk])
         ctx.gradient, ctx.of_head = gradient, of_head
@@ -83,7 +83,7 @@ def _add_product(total: Array, left: Array, right: Array) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total.add_(product(left, right))
+        total.add_(products(left).product(left, right))
 
 
 def _turn_into_slopes(scores: Array, chosen: Array, room: Array) -> Array:

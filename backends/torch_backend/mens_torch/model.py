@@ -173,9 +173,10 @@ def logits(model: Model, input_ids: Array, positions: Array, rows: tuple[int, ..
 def _run(model: Model, part: Any, input_ids: Array, positions: Array, rows: tuple[int, ...]) -> Array:
     """The first output of the decoder or of the whole network, (T, D) or (T, V)."""
     if model.packed:
-        output = part(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, rows=rows)[0][0]
-        return cast("Array", output)
-    return torch.cat([part(input_ids=row[None], use_cache=False)[0][0] for row in torch.split(input_ids, list(rows))])
+        output = part(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, rows=rows)[0]
+        return cast("Array", output.squeeze(0))
+    alone = [part(input_ids=row[None], use_cache=False)[0] for row in torch.split(input_ids, list(rows))]
+    return torch.cat(alone, dim=1).squeeze(0)
 
 
 def _adapt(network: Any, plan: ExecutionPlan) -> dict[str, LoraLinear]:
