@@ -47,12 +47,9 @@ def one_core() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
-def can_be_taken(dtype: str, what: str) -> bool:
-    """Whether this processor multiplies numbers of that format, without which peers take minutes; says if not."""
-    taken = dtype != "bfloat16" or multiplies_bfloat16()
-    if not taken:
-        print(f"  left out, for want of a processor that multiplies {dtype}: {what}")
-    return taken
+def format_here(dtype: str) -> str:
+    """The format measured for it: float32 where this processor does not multiply bfloat16, and peers take minutes."""
+    return dtype if dtype != "bfloat16" or multiplies_bfloat16() else "float32"
 
 
 def in_turns(

@@ -79,7 +79,7 @@ def adapted(x: Array, layers: Sequence[Adapted], scale: float, dropout: Dropout 
 def adapted_alone(x: Array, layer: Adapted, scale: float) -> Array:
     """Y of one layer, without dropout and without a gradient: (..., out), every bit as from ``adapted``.
 
-    One row times a weight in NF4 is summed in another order.
+    One row may be summed in another order, as memory gives a weight fastest.
     """
     # A token at a time, what the node does besides would be a twentieth of the work.
     weight, bias, by = layer.weight, layer.bias, products(x)
