@@ -18,9 +18,9 @@ SCALE = 0.3
 
 
 def _drawn(rows, heads=4, kv_heads=4, dtype=torch.float32):
-    """Query, key, value and the slope of their attention, of which the first three ask for slopes."""
+    """(1, heads, T, E) query, key and value that ask for slopes, and the (1, T, heads, E) slope of attention."""
     generator, total = torch.Generator().manual_seed(0), sum(rows)
-    shapes = [(total, heads, 8), (total, kv_heads, 8), (total, kv_heads, 8), (total, heads, 8)]
+    shapes = [(1, heads, total, 8), (1, kv_heads, total, 8), (1, kv_heads, total, 8), (1, total, heads, 8)]
     query, key, value, slope = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     return [part.requires_grad_() for part in (query, key, value)], slope
 
@@ -30,10 +30,10 @@ def _formula(query, key, value, rows):
     row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
     place, group = torch.arange(sum(rows)), query.shape[1] // key.shape[1]
     query, key, value = (part.double() for part in (query, key, value))
-    scores = torch.einsum("qhe,khe->hqk", query, key.repeat_interleave(group, 1)) * SCALE
+    scores = torch.einsum("nhqe,nhke->nhqk", query, key.repeat_interleave(group, 1)) * SCALE
     seen = (row[:, None] == row) & (place[:, None] >= place)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khe->qhe", weights, value.repeat_interleave(group, 1))
+    return torch.einsum("nhqk,nhke->nqhe", weights, value.repeat_interleave(group, 1))
 
 
 def _distances(rows, kv_heads=4, dtype=torch.float32):
@@ -70,8 +70,8 @@ def test_a_query_that_sees_one_key_more_is_found_out(monkeypatch):
 
 def test_a_row_is_the_same_alone_and_among_others():
     parts, _ = _drawn((70, 130, 9))
-    among = blockwise_attention(*parts, (70, 130, 9), SCALE)[70:200]
-    assert torch.equal(among, blockwise_attention(*(part[70:200] for part in parts), (130,), SCALE))
+    among = blockwise_attention(*parts, (70, 130, 9), SCALE)[:, 70:200]
+    assert torch.equal(among, blockwise_attention(*(part[:, :, 70:200] for part in parts), (130,), SCALE))
 
 
 def test_nothing_but_query_key_and_value_is_kept():
@@ -83,7 +83,7 @@ def test_nothing_but_query_key_and_value_is_kept():
 
 
 def test_it_is_taken_where_it_was_measured_to_be_faster(monkeypatch):
-    query = torch.empty(0, 12, 64)
+    query = torch.empty(1, 12, 0, 64)
     assert is_faster(query, (118, 414))
     assert is_faster(query, (1024,))
     assert not is_faster(query, (8, 16)), "calling takes longer than computing"

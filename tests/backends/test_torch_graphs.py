@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import attrs
 import bitsandbytes.functional as bitsandbytes
@@ -18,6 +20,8 @@ import tolerances
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mens_torch.lora import LoraLinear
+from mens_torch.model import _logits_after
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
@@ -65,6 +69,7 @@ GRAPHS = {
     ),
 }
 GRAPHS["falcon"][0]["alibi"] = True
+ROW = torch.arange(5)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,38 @@ def batch():
 def test_the_trial_finds_how_a_graph_may_be_run(graph):
     model_type, _, session = graph
     assert (session.packed, session.linear_head) == GRAPHS[model_type][1:]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("named", ["gpt2", "llama", "qwen3"])
+def test_the_trial_reads_every_weight_three_times(backend, folders, monkeypatch, named, method):
+    """A row alone and two batches; of a large model, once more is gigabytes."""
+    called, own = Counter(), LoraLinear.forward
+    monkeypatch.setattr(LoraLinear, "forward", lambda layer, x: called.update([layer]) or own(layer, x))
+    session = backend.open(tiny.plan_for(backend, folders[named], method=method), tiny.SHAPE)
+    assert [called[layer] for layer in session.model.adapters.values()] == [3] * len(session.model.adapters)
+
+
+class _Network(torch.nn.Module):
+    """Asks its decoder for a row, and for something more if that is so."""
+
+    def __init__(self, **more):
+        super().__init__()
+        self.decoder, self.more = torch.nn.Identity(), more
+        self.decoder.forward = lambda input_ids, **_: (input_ids * 1.0,)
+
+    def forward(self, input_ids, use_cache):
+        (hidden,) = self.decoder(input_ids, use_cache=use_cache, return_dict=True, past_key_values=None, **self.more)
+        return SimpleNamespace(logits=hidden)
+
+
+@pytest.mark.parametrize(("more", "known"), [({}, True), ({"scale": 2.0}, False), ({"input_embeds": ROW}, False)])
+def test_what_a_decoder_gave_is_taken_for_the_same_question_alone(more, known):
+    network, output = _Network(**more), (torch.zeros(1, len(ROW)),)
+    own = network.decoder.forward
+    found = _logits_after(SimpleNamespace(network=network, decoder=network.decoder), ROW, output)
+    assert torch.equal(found, output[0] if known else ROW[None] * 1.0)
+    assert network.decoder.forward is own
 
 
 def test_logits_are_those_of_transformers(backend, graph, batch):
@@ -279,14 +316,14 @@ def test_packed_attention_is_the_formula(rows, window, grouped):
 
     generator = torch.Generator().manual_seed(0)
     total = sum(rows)
-    query = torch.randn(total, 4, 8, generator=generator)
-    key, value = (torch.randn(total, 4 // grouped, 8, generator=generator) for _ in range(2))
+    query = torch.randn(1, 4, total, 8, generator=generator)
+    key, value = (torch.randn(1, 4 // grouped, total, 8, generator=generator) for _ in range(2))
     row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
     place = torch.arange(total)
     seen = (row[:, None] == row) & (place[:, None] >= place) & (place[:, None] - place < (window or total))
-    scores = torch.einsum("qhe,khe->hqk", query, key.repeat_interleave(grouped, 1)) * 0.3
+    scores = torch.einsum("nhqe,nhke->nhqk", query, key.repeat_interleave(grouped, 1)) * 0.3
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    expected = torch.einsum("hqk,khe->qhe", weights, value.repeat_interleave(grouped, 1))
+    expected = torch.einsum("nhqk,nhke->nqhe", weights, value.repeat_interleave(grouped, 1))
     torch.testing.assert_close(packed_attention(query, key, value, rows, 0.3, window), expected, rtol=0, atol=1e-6)
 
 

@@ -92,19 +92,20 @@ def test_the_processor_and_the_format_decide(monkeypatch):
 @pytest.mark.usefixtures("lacking")
 def test_attention_and_its_slopes_are_those_of_float32(window, softcap, bound):
     """By blocks, by PyTorch's own under a window, and spelled out for a cap."""
-    parts = [_drawn(11, heads, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    parts = [_drawn(1, heads, 11, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
     rows, given = (11,), {"scale": SCALE, "window": window}
 
     def attended(query, key, value):
         if softcap is None:
             return attention.packed_attention(query, key, value, rows, **given)
-        return _spelled_out(query, key, value, softcap=softcap, sinks=None, **given)
+        row = (part[0].transpose(0, 1) for part in (query, key, value))
+        return _spelled_out(*row, softcap=softcap, sinks=None, **given)[None]
 
     found = attended(*parts)
     assert found.dtype == torch.bfloat16
     single = [part.detach().float().requires_grad_() for part in parts]
     expected = attended(*single)
-    towards = _drawn(11, 4, 8, seed=9)
+    towards = _drawn(1, 11, 4, 8, seed=9)
     slopes = zip(
         torch.autograd.grad(found, parts, towards),
         torch.autograd.grad(expected, single, towards.float()),

@@ -39,7 +39,7 @@ def is_faster(query: Array, rows: tuple[int, ...]) -> bool:
     """Whether this is the way to take.
 
     Args:
-        query: (T, H, E).
+        query: (1, H, T, E).
         rows: length of each row.
     """
     if is_widened(query):
@@ -54,14 +54,14 @@ def blockwise_attention(query: Array, key: Array, value: Array, rows: tuple[int,
     """softmax(scale · q kᵀ) v over the tokens of the same row up to the query's own.
 
     Args:
-        query: (T, H, E).
-        key: (T, K, E); query head h reads key/value head h // (H / K).
-        value: (T, K, E).
+        query: (1, H, T, E).
+        key: (1, K, T, E); query head h reads key/value head h // (H / K).
+        value: (1, K, T, E).
         rows: length of each row, summing to T.
         scale: factor on the scores, dimensionless.
 
     Returns:
-        (T, H, E), contiguous.
+        (1, T, H, E), contiguous.
     """
     attended: Array = _BlockAttention.apply(query, key, value, rows, scale)  # type: ignore[no-untyped-call]
     return attended
@@ -72,19 +72,29 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Array, key: Array, value: Array, rows: tuple[int, ...], scale: float) -> Array:
         ctx.save_for_backward(query, key, value)
         ctx.rows, ctx.scale = rows, scale
-        attended = query.new_empty(query.shape)
-        for parts in zip(*(torch.split(part, list(rows)) for part in (attended, query, key, value)), strict=True):
-            _attend(*(part.transpose(0, 1) for part in parts), scale=scale)
+        attended = query.new_empty(_across(query).shape)
+        for parts in _row_by_row(rows, _across(attended), query, key, value):
+            _attend(*parts, scale=scale)
         return attended
 
     @staticmethod
     def backward(ctx: Any, *grads: Array) -> tuple[Array | None, ...]:
         kept = ctx.saved_tensors
-        slopes = tuple(part.new_empty(part.shape) for part in kept)
-        for parts in zip(*(torch.split(part, list(ctx.rows)) for part in (*slopes, grads[0], *kept)), strict=True):
-            of_query, of_key, of_value, *given = (part.transpose(0, 1) for part in parts)
+        # A token's heads side by side, as linears before and after want them.
+        slopes = tuple(_across(part.new_empty(_across(part).shape)) for part in kept)
+        for of_query, of_key, of_value, *given in _row_by_row(ctx.rows, *slopes, _across(grads[0]), *kept):
             _slope((of_query, of_key, of_value), *given, scale=ctx.scale)
         return *slopes, None, None
+
+
+def _across(part: Array) -> Array:
+    """(1, T, heads, E) of (1, heads, T, E), or back; no copy."""
+    return part.transpose(1, 2)
+
+
+def _row_by_row(rows: tuple[int, ...], *parts: Array) -> Iterator[tuple[Array, ...]]:
+    """(heads, L, E) of each part, for one row after the other."""
+    return zip(*(torch.split(part[0], list(rows), dim=1) for part in parts), strict=True)
 
 
 def _attend(attended: Array, query: Array, key: Array, value: Array, *, scale: float) -> None:

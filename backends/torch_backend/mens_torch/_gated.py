@@ -11,6 +11,8 @@ Kept are g and u; silu(g), which transformers' two operations keep as well, is m
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -22,12 +24,13 @@ from transformers.activations import SiLUActivation
 from mens_torch._activations import SiLU
 from mens_torch._remade import Origin, remember
 from mens_torch._trial import gives_the_bits_of
+from mens_torch.lora import LoraLinear
 
 __all__ = ["fuse_gates"]
 
 _CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# Rows of the input that a module is tried with.
-_ROWS = 3
+# Rows, width and inner width that a module is tried with.
+_ROWS, _WIDTH, _INNER = 3, 8, 12
 
 
 def fuse_gates(network: Any, dtype: torch.dtype) -> None:
@@ -40,12 +43,26 @@ def fuse_gates(network: Any, dtype: torch.dtype) -> None:
     for module in network.modules():
         children = dict(module.named_children())
         if children.keys() == _CHILDREN and type(children["act_fn"]) in {nn.SiLU, SiLUActivation}:
-            width, device = module.gate_proj.in_features, next(module.parameters()).device
-            x = torch.linspace(-2, 2, _ROWS * width, device=device).view(1, _ROWS, width).to(dtype)
-            children["act_fn"] = SiLU()
-            fused = _fused(children, again=dtype == torch.float32)
-            if gives_the_bits_of(module, fused, x):
-                module.forward, module.act_fn = fused, children["act_fn"]
+            silu = SiLU()
+            if _is_this(module, silu, dtype, next(module.parameters()).device):
+                module.forward = _fused(children | {"act_fn": silu}, again=dtype == torch.float32)
+                module.act_fn = silu
+
+
+def _is_this(module: Any, silu: SiLU, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether it is how a module puts its linears together; tried with small ones, since its own may be gigabytes."""
+
+    def drawn(*shape: int) -> Array:
+        return torch.linspace(-2, 2, math.prod(shape), device=device).view(shape).to(dtype)
+
+    shapes = {"gate_proj": (_INNER, _WIDTH), "up_proj": (_INNER, _WIDTH), "down_proj": (_WIDTH, _INNER)}
+    linears = {name: LoraLinear(drawn(*shape), None, 0, 0.0) for name, shape in shapes.items()}
+    small = copy.copy(module)
+    small._modules = {"act_fn": module.act_fn, **linears}  # noqa: SLF001 (a module's own is not to be touched)
+    try:
+        return gives_the_bits_of(small, _fused(linears | {"act_fn": silu}, again=False), drawn(1, _ROWS, _WIDTH))
+    except RuntimeError:
+        return False  # It asks for its own widths.
 
 
 def _fused(parts: dict[str, Any], *, again: bool) -> Callable[[Array], Array]:

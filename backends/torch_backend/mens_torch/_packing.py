@@ -62,16 +62,16 @@ def _window_only(*, local_size: int | None = None, use_vmap: bool = False, **_: 
 
 
 def _attention(module: Any, query: Array, key: Array, value: Array, mask: Array | None, **given: Any) -> Any:
-    """(1, heads, T, E) in, (1, T, heads, E) out; the second answer stands for attention weights, kept by nobody."""
+    """(1, H, T, E) in, (1, T, H, E) out; the second answer stands for attention weights, kept by nobody."""
     del module, mask
     scale = given.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows: tuple[int, ...] = given["rows"]
     window, softcap, sinks = (given.get(name) for name in ("sliding_window", "softcap", "s_aux"))
-    # Where an axis is chosen instead, the backward pass fills zeros and copies.
-    query, key, value = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     if softcap is None and sinks is None:
-        return packed_attention(query, key, value, rows, scale, window)[None], None
+        return packed_attention(query, key, value, rows, scale, window), None
+    # Where an axis is chosen instead of squeezed, the backward pass fills zeros and copies.
+    query, key, value = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     split = zip(*(torch.split(part, list(rows)) for part in (query, key, value)), strict=True)
     outputs = [_spelled_out(*row, scale=scale, window=window, softcap=softcap, sinks=sinks) for row in split]
     return torch.cat(outputs)[None], None

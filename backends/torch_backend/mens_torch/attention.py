@@ -8,7 +8,8 @@
 
 On a CPU, where it was measured to be faster, by blocks of queries (``_blockwise``), else by PyTorch's own.
 
-Shape letters: T tokens, H query heads, K key/value heads (H a multiple of K), E head width.
+Shape letters: T tokens, H query heads, K key/value heads (H a multiple of K), E head width, N rows of L tokens. Tensors
+come and go as transformers has them, since each view of one is a node of the graph.
 """
 
 from __future__ import annotations
@@ -31,36 +32,35 @@ def packed_attention(
     """softmax(scale · q kᵀ) v over the tokens of the same row up to the query's own.
 
     Args:
-        query: (T, H, E).
-        key: (T, K, E); query head h reads key/value head h // (H / K).
-        value: (T, K, E).
+        query: (1, H, T, E).
+        key: (1, K, T, E); query head h reads key/value head h // (H / K).
+        value: (1, K, T, E).
         rows: length of each row, summing to T.
         scale: factor on the scores, dimensionless.
         window: how many tokens a query sees, its own included; None for all.
 
     Returns:
-        (T, H, E), contiguous.
+        (1, T, H, E), contiguous.
     """
     if (window is None or max(rows) <= window) and is_faster(query, rows):
         return blockwise_attention(query, key, value, rows, scale)
+    parts: tuple[Array, ...] = (query, key, value)
     if len(set(rows)) == 1:
         # Rows of one length are one call over a batch.
-        parts = [tuple(part.reshape(len(rows), rows[0], *part.shape[1:]) for part in (query, key, value))]
-    else:
-        splits = [torch.split(part[None], list(rows), dim=1) for part in (query, key, value)]
-        parts = list(zip(*splits, strict=True))
-    outputs = [_causal(*(part.transpose(1, 2) for part in row), scale=scale, window=window) for row in parts]
-    outputs = [output.transpose(1, 2).flatten(0, 1) for output in outputs]
-    if len(outputs) == 1:
-        return outputs[0].contiguous()
-    joined = torch.cat(outputs)
+        if len(rows) > 1:
+            parts = tuple(part.view(-1, len(rows), rows[0], part.shape[3]).transpose(0, 1) for part in parts)
+        attended = _causal(*parts, scale=scale, window=window).transpose(1, 2)
+        return attended.reshape(1, -1, *attended.shape[2:]).contiguous()
+    splits = zip(*(torch.split(part, list(rows), dim=2) for part in parts), strict=True)
+    outputs = [_causal(*row, scale=scale, window=window).transpose(1, 2) for row in splits]
+    joined = torch.cat(outputs, dim=1)
     # Each row's own is kept for its softmax.
     remember(joined, Origin(_joined, tuple(outputs)))
     return joined
 
 
 def _joined(*outputs: Array) -> Array:
-    return torch.cat(outputs)
+    return torch.cat(outputs, dim=1)
 
 
 def _causal(query: Array, key: Array, value: Array, *, scale: float, window: int | None) -> Array:

@@ -235,9 +235,10 @@ def _prove(model: Model, plan: ExecutionPlan) -> None:
     )
     with torch.no_grad():
         with joined(module for module in model.network.modules() if isinstance(module, LoraLinear)):
-            alone = model.decoder(input_ids=middle[None], use_cache=False)[0]
+            output = model.decoder(input_ids=middle[None], use_cache=False)
+        alone = output[0]
         if model.decoder is not model.network and model.head is not None:
-            own = model.network(input_ids=middle[None], use_cache=False).logits
+            own = _logits_after(model, middle, output)
             # Exact, because a capped or scaled logit may differ by less than any tolerance on these tokens.
             product = functional.linear(alone, model.head.to(alone.dtype))
             model.linear_head = torch.equal(product.float(), own.float())
@@ -247,6 +248,30 @@ def _prove(model: Model, plan: ExecutionPlan) -> None:
     model.packed = obstacle is None
     if obstacle is not None:
         _log.warning("rows run one at a time: %s", obstacle)
+
+
+def _logits_after(model: Model, row: Array, output: Any) -> Array:
+    """The network's own logits of one row, (1, L, V).
+
+    The decoder's output is known: it gives it again if it is asked for nothing but this row, since to compute it once
+    more may take as long as reading gigabytes of weights.
+    """
+    decoder, ids = model.decoder, row[None]
+    forward, own = decoder.forward, vars(decoder).get("forward")
+
+    def known(*args: Any, **given: Any) -> Any:
+        asked = [*args, *(value for name, value in given.items() if name != "return_dict" and value is not None)]
+        more = [value for value in asked if value is not ids and value is not False]
+        return forward(*args, **given) if more else output
+
+    decoder.forward = known
+    try:
+        found: Array = model.network(input_ids=ids, use_cache=False).logits
+        return found
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
 
 
 def _obstacle(model: Model, plan: ExecutionPlan) -> str | None:
