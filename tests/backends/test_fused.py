@@ -158,7 +158,20 @@ class _AskingMLP(LlamaMLP):
         return super().forward(x) + residual
 
 
-@pytest.mark.parametrize(("activation", "kind"), [("gelu", LlamaMLP), ("silu", _ScaledMLP), ("silu", _AskingMLP)])
+class _CappedMLP(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7.0)) * self.up_proj(x))
+
+
+class _FoldedMLP(LlamaMLP):
+    def forward(self, x):
+        return super().forward(x.view(*x.shape[:-1], self.hidden_size)).view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("activation", "kind"),
+    [("gelu", LlamaMLP), *(("silu", kind) for kind in (_ScaledMLP, _AskingMLP, _CappedMLP, _FoldedMLP))],
+)
 def test_a_layer_that_computes_something_else_is_left_alone(activation, kind):
     mlp = _mlp(torch.float32, activation, kind)
     fuse_gates(nn.ModuleList([mlp]), torch.float32)
