@@ -113,7 +113,7 @@ class _Written(Products):
 
 
 class _ByOneDNN(_Written):
-    """Of float32."""
+    """Of float32, for which updates and slopes are left as they are: so short an inner length gains nothing from it."""
 
     def _takes(self, x: Array, out: int) -> bool:
         size = x.numel()
