@@ -15,6 +15,7 @@ float32 on any of AMD's processors, is ``_one_row``'s; no step of training asks 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -77,12 +78,12 @@ class Products:
         return rounded(made, torch.float32)
 
 
-class _Written(Products):
+class _Written(Products, ABC):
     """Products that are written into memory which is there, by a way that may be left for small ones."""
 
+    @abstractmethod
     def _write(self, out: Array, x: Array, weight: Array, bias: Array | None, scale: float | None = None) -> None:
         """As ``write_widened``."""
-        raise NotImplementedError
 
     def _takes(self, x: Array, out: int) -> bool:
         """Whether x is multiplied so by a weight of so many outputs."""
