@@ -103,6 +103,7 @@ def test_the_trial_reads_every_weight_three_times(backend, folders, monkeypatch,
     monkeypatch.setattr(LoraLinear, "forward", lambda layer, x: called.update([layer]) or own(layer, x))
     session = backend.open(tiny.plan_for(backend, folders[named], method=method), tiny.SHAPE)
     assert [called[layer] for layer in session.model.adapters.values()] == [3] * len(session.model.adapters)
+    assert "forward" not in vars(session.model.decoder), "what was known of it goes with the trial"
 
 
 class _Network(torch.nn.Module):
